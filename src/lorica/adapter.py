@@ -1,0 +1,174 @@
+"""Adapter: the value. What one training made, apart from any model: it can be saved, loaded and put on a base."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from lorica import patch, weights
+from lorica.errors import LoricaError, all_faults
+from lorica.formats import Contents, peft
+from lorica.lowrank import LoRA
+from lorica.targets import Target, candidates
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """An immutable set of patches and selected parameters.
+
+    Attributes:
+        method: the settings; with a target's path they give its rank and scale.
+        targets: the matrices it changes.
+        tensors: fp32 by canonical name (see `patch.trainable`).
+        meta: text about it: `base_model`, `base_fingerprint`, `task_type`, and what the trainer adds (`chat_template`,
+            `stop_tokens`, ...).
+    """
+
+    method: LoRA
+    targets: tuple[Target, ...]
+    tensors: Mapping[str, Tensor]
+    meta: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str | None = None, meta: Mapping[str, str] | None = None) -> Adapter:
+        """A snapshot of an adapter on a model (default: the active one)."""
+        record = patch.installed(model, name)
+        paths = [target.path for target in record.targets]
+        config = getattr(model, "config", None)
+        known = {
+            "base_model": getattr(config, "_name_or_path", "") or "",
+            "base_fingerprint": patch.fingerprint(model),
+            "task_type": next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), ""),
+            "target_modules": json.dumps(_short_names(model, paths)),
+        }
+        tensors = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in record.tensors().items()}
+        about = MappingProxyType(known | dict(meta or {}))
+        return cls(record.method, tuple(record.targets), MappingProxyType(tensors), about)
+
+    @classmethod
+    def load(cls, source: str | Path) -> Adapter:
+        """Read an adapter from a folder in PEFT's layout, or from a hub id. Pickles are refused."""
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = _from_hub(str(source))
+        return cls(*peft.read(folder))
+
+    def save(self, folder: str | Path, dtype: str = "fp32") -> None:
+        """Write it in PEFT's layout, atomically; `dtype` is `fp32`, or `bf16` or `fp16` to halve the file."""
+        if silent := self.silent():
+            warnings.warn(
+                f"{len(silent)} of {len(self.targets)} patches change nothing yet, a factor is all zero: {silent[0]} ...",
+                stacklevel=2,
+            )
+        peft.write(Path(folder), Contents(self.method, self.targets, self.tensors, self.meta), dtype)
+
+    def apply(self, model: nn.Module, name: str = "default") -> list[str]:
+        """Put it on a model as the active adapter. Every missing, extra or mis-shaped tensor is in one error."""
+        layers = candidates(model)
+        paths = {target.path for target in self.targets}
+        faults = [f"extra    {path} is not a layer of this model" for path in paths - set(layers)]
+        faults += [
+            f"missing  {path}: the config names it, the file has nothing for it"
+            for path in layers
+            if path not in paths
+            and any(
+                path == name or path.endswith(f".{name}") for name in json.loads(self.meta.get("target_modules", "[]"))
+            )
+        ]
+        targets = []
+        for target in self.targets:
+            if (layer := layers.get(target.path)) is None:
+                continue
+            storage = weights.storage(layer)
+            assert storage is not None
+            targets.append(dataclasses.replace(target, storage=storage.name, shape=storage.shape(layer)))
+        if targets:
+            patched = patch.inject(model, self.method, targets, name)
+            own = patch.trainable(model, name)
+            faults += [f"missing  {key}" for key in own if key not in self.tensors]
+            faults += [
+                f"shape    {key}: file {tuple(tensor.shape)}, model {tuple(own[key].shape)}"
+                for key, tensor in self.tensors.items()
+                if key in own and own[key].shape != tensor.shape
+            ]
+            base = dict(patch.base_parameters(model))
+            faults += [
+                f"extra    {key}"
+                for key, tensor in self.tensors.items()
+                if key not in own and (_path(key) in layers or "#" not in key) and not _repeats(base.get(key), tensor)
+            ]
+        if faults or not targets:
+            if targets:
+                patch.eject(model, name)
+            raise all_faults("this adapter is not for this model:", sorted(faults) or ["it has no targets"])
+        with torch.no_grad():
+            for key, parameter in own.items():
+                parameter.copy_(self.tensors[key])
+        return patched
+
+    def silent(self) -> list[str]:
+        """The targets whose update is still zero, because one of their factors is."""
+        return [
+            str(target)
+            for target in self.targets
+            if not all(self.tensors[f"{target.path}#{target.part or 'lora'}.{factor}"].any() for factor in "AB")
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors in fp32."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what the adapter does: its scales and tensors, not where it came from."""
+        scales = sorted((str(target), self.method.scale_of(target.path)) for target in self.targets)
+        digest = hashlib.sha256(json.dumps(scales).encode())
+        for key, tensor in sorted(self.tensors.items()):
+            digest.update(f"{key} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _path(key: str) -> str:
+    return key.split("#")[0] if "#" in key else key.rpartition(".")[0]
+
+
+def _repeats(parameter: Tensor | None, tensor: Tensor) -> bool:
+    """Whether a tensor only says what the base holds: PEFT adds the whole embedding to an adapter that touches it."""
+    return parameter is not None and torch.equal(parameter.detach().to("cpu", torch.float32), tensor)
+
+
+def _short_names(model: nn.Module, paths: list[str]) -> list[str]:
+    """The last names of the paths where they mean exactly those layers, as people write them; else the paths."""
+    short = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    meant = {path for path in candidates(model) if path.rsplit(".", 1)[-1] in short}
+    return short if meant == set(paths) else sorted(set(paths))
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=[peft.CONFIG, peft.TENSORS]))
+    except Exception as fault:
+        raise LoricaError(
+            f"there is no adapter folder {source!r} here, and it could not be had from the hub either: "
+            f"{type(fault).__name__}; check the path, or the network"
+        ) from fault

@@ -1,0 +1,340 @@
+"""PEFT's layout, which is also ours: `adapter_config.json` and `adapter_model.safetensors` in one folder.
+
+    base_model.model.<path>.lora_A.weight  [r, in]       .lora_B.weight  [out, r]
+    base_model.model.<path>.lora_embedding_A  [r, num]   .lora_embedding_B  [dim, r]
+    base_model.model.<path>.token_adapter.trainable_tokens_delta  [n, dim]   (the rows themselves, despite the name)
+    base_model.model.<name of a parameter>               biases and modules_to_save; a patched layer's own is
+                                                         <path>.base_layer.bias
+
+PEFT has no word for a slice of a fused projection, so parts of one layer are written as a single update of the summed
+rank with a block-diagonal B. Which blocks are which is in the file's metadata, where PEFT does not look, together with
+what PEFT has no place for: the base's fingerprint, the chat template, the stop tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lorica.errors import LoricaError, all_faults
+from lorica.files import folder_atomic, write_atomic
+from lorica.formats import Contents
+from lorica.lowrank import LoRA
+from lorica.targets import Target
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_READ = {
+    "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights",
+    "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "task_type",
+    "trainable_token_indices", "use_rslora",
+}  # fmt: skip
+# Settings of training or of PEFT itself: they change nothing about what the tensors mean.
+_IRRELEVANT = {
+    "arrow_config", "auto_mapping", "corda_config", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config",
+    "megatron_core", "monteclora_config", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "velora_config", "kasa_config", "lora_ranknum",
+}  # fmt: skip
+_PLAIN_INITS = {True, False, None, "gaussian", "orthogonal", "eva", "mica"}
+_TENSOR = re.compile(
+    r"(?P<path>.+)\.(?:(?P<linear>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
+    r"|token_adapter\.(?P<rows>trainable_tokens_delta))"
+)
+
+
+def write(folder: Path, contents: Contents, dtype: str = "fp32") -> None:
+    """Write both files. A new folder appears whole; in a folder that is there, each file is replaced in one step."""
+    if dtype not in DTYPES:
+        raise LoricaError(f"an adapter is kept as one of {', '.join(DTYPES)}, not {dtype!r}")
+    tensors = {key: value.to(DTYPES[dtype]).contiguous() for key, value in sorted(_to_peft(contents).items())}
+    config = json.dumps(_config(contents), indent=2, sort_keys=True) + "\n"
+    blob = save(tensors, metadata={"format": "pt", "lorica": json.dumps(_metadata(contents), sort_keys=True)})
+    if folder.is_dir():
+        write_atomic(folder / TENSORS, blob)
+        write_atomic(folder / CONFIG, config)
+        return
+    with folder_atomic(folder) as new:
+        (new / TENSORS).write_bytes(blob)
+        (new / CONFIG).write_text(config)
+
+
+def read(folder: Path) -> Contents:
+    """Read both files strictly: every setting or tensor that is not understood is a fault, all of them in one error."""
+    config = _load_config(folder)
+    faults = _config_faults(config)
+    raw, metadata = _load_tensors(folder)
+    extra = json.loads(metadata.get("lorica", "{}"))
+    tensors: dict[str, Tensor] = {}
+    storages: dict[str, str] = {}
+    for key, tensor in raw.items():
+        name = key.removeprefix(PREFIX)
+        if not key.startswith(PREFIX) or not tensor.is_floating_point():
+            faults.append(f"unexpected  {key} ({tensor.dtype}, {tuple(tensor.shape)})")
+        elif match := _TENSOR.fullmatch(name):
+            if match["rows"]:
+                tensors[f"{match['path']}#tokens.rows"] = tensor.float()
+                continue
+            factor = match["embedding"] or match["linear"][-1]
+            storages[match["path"]] = "embedding" if match["embedding"] else "linear"
+            tensors[f"{match['path']}#lora.{factor}"] = tensor.float()
+        elif "lora_" in name:
+            faults.append(f"unexpected  {key}")
+        else:
+            tensors[name.replace(".base_layer.", ".")] = tensor.float()
+    faults += _pair_faults(tensors, storages, config)
+    if faults:
+        raise all_faults(f"{folder} is not an adapter that can be used:", faults)
+    method, targets = _from_peft(config, tensors, storages, extra.pop("slices", {}))
+    meta = {key: str(value) for key, value in extra.items()}
+    meta.setdefault("base_model", config.get("base_model_name_or_path") or "")
+    meta.setdefault("task_type", config.get("task_type") or "")
+    if isinstance(config.get("target_modules"), list) and not config.get("layers_to_transform"):
+        meta["target_modules"] = json.dumps(sorted(config["target_modules"]))
+    return Contents(method, targets, tensors, meta)
+
+
+def _to_peft(contents: Contents) -> dict[str, Tensor]:
+    """Canonical tensors under PEFT's names, the parts of a fused layer joined: A stacked, B block-diagonal."""
+    tensors = dict(contents.tensors)
+    out: dict[str, Tensor] = {}
+    for path, parts in _by_path(contents.targets).items():
+        A = [tensors.pop(f"{path}#{target.part or 'lora'}.A") for target in parts]
+        B = [tensors.pop(f"{path}#{target.part or 'lora'}.B") for target in parts]
+        if parts[0].rows:
+            whole = B[0].new_zeros(parts[0].shape[0], sum(b.shape[1] for b in B))
+            column = 0
+            for target, b in zip(parts, B, strict=True):
+                assert target.rows is not None
+                whole[slice(*target.rows), column : column + b.shape[1]] = b
+                column += b.shape[1]
+            A, B = [torch.cat(A)], [whole]
+        embedding = parts[0].storage == "embedding"
+        out[f"{PREFIX}{path}.{'lora_embedding_A' if embedding else 'lora_A.weight'}"] = A[0]
+        out[f"{PREFIX}{path}.{'lora_embedding_B' if embedding else 'lora_B.weight'}"] = B[0]
+    patched = _by_path(contents.targets)
+    for key, tensor in tensors.items():
+        path, _, last = key.rpartition(".")
+        name = f"{path}.base_layer.{last}" if path in patched else key
+        out[PREFIX + name.replace("#tokens.rows", ".token_adapter.trainable_tokens_delta")] = tensor
+    return out
+
+
+def _config(contents: Contents) -> dict[str, Any]:
+    method, meta = contents.method, contents.meta
+    r, alpha, ranks, alphas = method.r, method.alpha, dict(method.ranks), dict(method.alphas)
+    joined = {path: len(parts) for path, parts in _by_path(contents.targets).items() if parts[0].rows}
+    if (
+        joined
+        and not ranks
+        and not alphas
+        and len(joined) == len(_by_path(contents.targets)) == Counter(joined.values()).most_common(1)[0][1]
+    ):
+        count = next(iter(joined.values()))
+        r, alpha = method.r * count, _alpha(method, method.scale_of(""), method.r * count)
+    elif joined:
+        exact = {path: method.rank_of(path) * count for path, count in joined.items()}
+        ranks = exact | ranks
+        alphas = {path: _alpha(method, method.scale_of(path), exact[path]) for path in exact} | alphas
+    rows = {key.removesuffix("#tokens.rows") for key in contents.tensors if key.endswith("#tokens.rows")}
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": meta.get("task_type") or None,
+        "base_model_name_or_path": meta.get("base_model") or None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": method.dropout,
+        "bias": method.bias,
+        "target_modules": json.loads(meta.get("target_modules", "null")) or sorted(_by_path(contents.targets)),
+    }
+    optional: dict[str, Any] = {
+        "ensure_weight_tying": method.tied,
+        "fan_in_fan_out": any(target.storage == "conv1d" for target in contents.targets),
+        "use_rslora": method.scaling == "alpha/sqrt(r)",
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        # PEFT compares the ends of names, dots or not, so only a whole path is safe from meaning more than it says.
+        "modules_to_save": sorted(
+            {match[1] for name in method.modules_to_save for key in contents.tensors if (match := _module(name, key))}
+        ),
+        "trainable_token_indices": {path.rsplit(".", 1)[-1]: list(method.token_rows) for path in sorted(rows)},
+        "init_lora_weights": "gaussian" if method.init == "gaussian" else None,
+    }
+    return config | {key: value for key, value in optional.items() if value}
+
+
+def _module(name: str, key: str) -> re.Match[str] | None:
+    """The path of the module called `name` that the parameter `key` lies in, as group 1."""
+    return re.match(rf"((?:.*\.)?{re.escape(name)})\.", key)
+
+
+def _metadata(contents: Contents) -> dict[str, Any]:
+    slices = {
+        path: {target.part: list(target.rows) for target in parts if target.rows}
+        for path, parts in _by_path(contents.targets).items()
+        if parts[0].rows
+    }
+    meta = {key: value for key, value in contents.meta.items() if key != "target_modules"}
+    return {**meta, "slices": slices} if slices else meta
+
+
+def _from_peft(
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    storages: dict[str, str],
+    slices: dict[str, dict[str, list[int]]],
+) -> tuple[LoRA, tuple[Target, ...]]:
+    """The method and targets; the joined update of a fused layer is taken apart in `tensors` where it still is one."""
+    tokens = config.get("trainable_token_indices") or ()
+    method = LoRA(
+        r=config.get("r", 8),
+        alpha=float(config.get("lora_alpha", 8)),
+        dropout=config.get("lora_dropout", 0.0),
+        scaling="alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
+        init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
+        bias=config.get("bias", "none"),
+        ranks=config.get("rank_pattern") or {},
+        alphas=config.get("alpha_pattern") or {},
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        token_rows=tuple(next(iter(tokens.values())) if isinstance(tokens, dict) else tokens),
+        tied=bool(config.get("ensure_weight_tying")),
+    )
+    targets: list[Target] = []
+    split: dict[str, int] = {}
+    for path, storage in storages.items():
+        A, B = tensors[f"{path}#lora.A"], tensors[f"{path}#lora.B"]
+        shape = (B.shape[0], A.shape[1])
+        parts = slices.get(path, {})
+        if parts and (pieces := _split(A, B, parts)):
+            del tensors[f"{path}#lora.A"], tensors[f"{path}#lora.B"]
+            split[path] = len(parts)
+            for part, (a, b) in pieces.items():
+                tensors[f"{path}#{part}.A"], tensors[f"{path}#{part}.B"] = a, b
+                targets.append(Target(path, storage, shape, part, (parts[part][0], parts[part][1])))
+        else:
+            targets.append(Target(path, "conv1d" if config.get("fan_in_fan_out") else storage, shape))
+    return _divided(method, split, whole=len(storages)), tuple(targets)
+
+
+def _split(A: Tensor, B: Tensor, parts: dict[str, list[int]]) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """The parts of a block-diagonal update, or None if it no longer is one (trained on as a whole elsewhere)."""
+    r, rest = divmod(A.shape[0], len(parts))
+    if rest:
+        return None
+    pieces = {}
+    others = B.clone()
+    for place, (part, (start, stop)) in enumerate(parts.items()):
+        block = slice(place * r, (place + 1) * r)
+        pieces[part] = (A[block].clone(), B[start:stop, block].clone())
+        others[start:stop, block] = 0
+    return None if others.any() else pieces
+
+
+def _divided(method: LoRA, split: dict[str, int], whole: int) -> LoRA:
+    """The method whose rank at a split layer is one part's, at the same scale."""
+    if not split:
+        return method
+    ranks = {path: method.rank_of(path) // count for path, count in split.items()}
+    alphas = {path: _alpha(method, method.scale_of(path), r) for path, r in ranks.items()}
+    if len(split) == whole and len(set(ranks.values())) == len(set(alphas.values())) == 1:
+        r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+        return dataclasses.replace(method, r=r, alpha=alpha, ranks={}, alphas={})
+    plain = dataclasses.replace(
+        method,
+        ranks={key: r for key, r in method.ranks.items() if key not in split},
+        alphas={key: alpha for key, alpha in method.alphas.items() if key not in split},
+    )
+    return dataclasses.replace(
+        plain,
+        ranks={path: r for path, r in ranks.items() if r != plain.rank_of(path)} | dict(plain.ranks),
+        alphas={path: alpha for path, alpha in alphas.items() if alpha != plain.alpha_of(path)} | dict(plain.alphas),
+    )
+
+
+def _alpha(method: LoRA, scale: float, r: int) -> float:
+    """The alpha that gives `scale` at rank r under the method's scale rule."""
+    return scale * (r if method.scaling == "alpha/r" else math.sqrt(r))
+
+
+def _by_path(targets: Iterable[Target]) -> dict[str, list[Target]]:
+    grouped: dict[str, list[Target]] = {}
+    for target in targets:
+        grouped.setdefault(target.path, []).append(target)
+    return grouped
+
+
+def _load_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise LoricaError(f"{folder} is not an adapter: it has no {CONFIG}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as fault:
+        raise LoricaError(f"{path} is not readable as JSON: {fault}") from fault
+    if not isinstance(config, dict):
+        raise LoricaError(f"{path} holds a {type(config).__name__} where an object was expected")
+    return config
+
+
+def _load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    path = folder / TENSORS
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise LoricaError(
+                f"{folder} holds a pickle (adapter_model.bin), which can run any code when it is read and is refused; "
+                "load it with PEFT where you trust it and save it again, which writes adapter_model.safetensors"
+            )
+        raise LoricaError(f"{folder} is not an adapter: it has no {TENSORS}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except SafetensorError as fault:
+        raise LoricaError(f"{path} is damaged or not a safetensors file: {fault}") from fault
+
+
+def _config_faults(config: dict[str, Any]) -> list[str]:
+    faults = []
+    if config.get("peft_type") != "LORA":
+        faults.append(f"peft_type is {config.get('peft_type')!r}; only LORA is known")
+    for key, value in config.items():
+        if key not in _READ | _IRRELEVANT and value not in (None, False, [], {}, ""):
+            faults.append(f"{key}={value!r} is not understood, so the adapter would not mean what it says")
+    init = config.get("init_lora_weights")
+    if not isinstance(init, (bool, str, type(None))) or init not in _PLAIN_INITS:
+        faults.append(
+            f"init_lora_weights={init!r} changed the base's weights when training began; convert it to a plain LoRA in "
+            "PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    return faults
+
+
+def _pair_faults(tensors: Mapping[str, Tensor], storages: dict[str, str], config: dict[str, Any]) -> list[str]:
+    faults = []
+    method_r = config.get("r", 8)
+    for path in storages:
+        A, B = (tensors.get(f"{path}#lora.{factor}") for factor in "AB")
+        if A is None or B is None:
+            faults.append(f"missing     {path}: its lora_{'A' if A is None else 'B'}")
+        elif A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            faults.append(f"shape       {path}: lora_A is {tuple(A.shape)} and lora_B is {tuple(B.shape)}")
+        elif not config.get("rank_pattern") and A.shape[0] != method_r:
+            faults.append(f"shape       {path}: its rank is {A.shape[0]}, the config says {method_r}")
+    named = config.get("target_modules")
+    for name in named if isinstance(named, list) else []:
+        if not any(path == name or path.endswith(f".{name}") for path in storages):
+            faults.append(f"missing     every tensor of target {name!r}")
+    return faults

@@ -1,0 +1,281 @@
+"""LowRank: ``y + (alpha / r) B A x``, the paper's equation 3, with its initialisers and scale rules.
+
+    W  [out, in]   frozen
+    A  [r, in]     random at the start
+    B  [out, r]    zero at the start, so that step zero is the base model (section 4.1)
+
+`LoRA` is the recipe: which rank and alpha each target gets, and what is trained beside the factors. The paper trains
+nothing else; biases, whole modules and single token rows are what its users came to need.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lorica import weights
+from lorica.errors import all_faults
+from lorica.rows import TiedTokenRows, TokenRows
+from lorica.targets import CHILD, Target, names
+
+SCALINGS: dict[str, Callable[[float, int], float]] = {
+    "alpha/r": lambda alpha, r: alpha / r,
+    "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r),
+}
+INITS: dict[str, Callable[[Tensor], Tensor]] = {
+    # The distribution of nn.Linear's own weights, as loralib draws A.
+    "kaiming": lambda A: nn.init.kaiming_uniform_(A, a=math.sqrt(5)),
+    # "a random Gaussian initialization for A" (section 4.1); its width is not given there, 1/r is PEFT's.
+    "gaussian": lambda A: nn.init.normal_(A, std=1 / A.shape[0]),
+}
+BIASES = ("none", "all", "lora_only")
+
+
+class LowRank(nn.Module):
+    """The patch of one matrix, or of a slice of its output rows.
+
+    Args:
+        target: the matrix; `target.rows` limits the update to some output rows of a fused projection.
+        r: rank, at least 1.
+        scale: what multiplies ``B A``; `LoRA.scale` gives it from alpha.
+        dropout: probability of dropping an element of the input of A (section 4 of the released code's layers).
+        init: a key of `INITS`.
+
+    The factors are fp32 whatever the base is kept in; the input is cast to them and the sum back to the base's dtype.
+    """
+
+    def __init__(self, target: Target, r: int, scale: float, dropout: float = 0.0, init: str = "kaiming") -> None:
+        super().__init__()
+        out_features, in_features = target.shape
+        if target.rows:
+            out_features = target.rows[1] - target.rows[0]
+        self.rows, self.scale, self.out_features = target.rows, scale, target.shape[0]
+        self.A = nn.Parameter(torch.empty(r, in_features, dtype=torch.float32))
+        self.B = nn.Parameter(torch.empty(out_features, r, dtype=torch.float32))
+        self.dropout = nn.Dropout(dropout) if dropout and target.storage != "embedding" else nn.Identity()
+        if target.storage == "embedding":
+            # Only columns of A whose ids occur get a gradient, so A is the factor that starts at zero, as in loralib.
+            nn.init.zeros_(self.A)
+            nn.init.normal_(self.B)
+        else:
+            INITS[init](self.A)
+            nn.init.zeros_(self.B)
+
+    @property
+    def r(self) -> int:
+        return self.A.shape[0]
+
+    def forward(self, layer: nn.Module, base: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
+        """``base(x) + scale B A x``: ``[..., in]`` (ids ``[...]`` for an embedding) to ``[..., out]``."""
+        y = base(x, *args, **kwargs)
+        storage = _storage(layer)
+        if storage.takes_ids:
+            self._grow(storage.shape(layer)[1])
+        # PEFT's order of operations, so that fp32 results agree with it to the bit.
+        update = storage.up(layer, storage.down(layer, self.dropout(x), self.A), self.B) * self.scale
+        if self.rows:
+            start, stop = self.rows
+            return torch.slice_scatter(y, (y[..., start:stop] + update).to(y.dtype), -1, start, stop)
+        return (y + update).to(y.dtype)
+
+    def delta(self) -> Tensor:
+        """``scale B A`` as a full ``[out, in]`` matrix in fp32, zero outside the slice."""
+        delta = self.scale * (self.B.detach().float() @ self.A.detach().float())
+        if self.rows:
+            start, stop = self.rows
+            delta = torch.nn.functional.pad(delta, (0, 0, start, self.out_features - stop))
+        return delta
+
+    def fold(self, layer: nn.Module, W: Tensor) -> Tensor:
+        """``W + scale B A`` for ``W [out, in]`` in fp32 (section 4.1, no additional inference latency)."""
+        self._grow(W.shape[1])
+        return W + self.delta().to(W.device)
+
+    def silent(self) -> bool:
+        """Whether the patch still changes nothing: one of its factors is all zero."""
+        return not (self.A.any() and self.B.any())
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scale={self.scale:g}" + (f", rows={self.rows}" if self.rows else "")
+
+    def _grow(self, in_features: int) -> None:
+        # An embedding may get more rows after the patch was made; a zero column of A leaves a new row as it is.
+        if in_features > self.A.shape[1]:
+            self.A.data = nn.functional.pad(self.A.data, (0, in_features - self.A.shape[1]))
+
+
+class TiedLowRank(nn.Module):
+    """The other side of a tied embedding: the same update, transposed, on the output head. Owns no parameters."""
+
+    def __init__(self, source: LowRank) -> None:
+        super().__init__()
+        self.source = (source,)  # in a tuple, so that the factors are registered once, at the embedding
+
+    def forward(self, layer: nn.Module, base: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """``base(x) + scale x B A``: hidden ``[..., dim]`` to logits ``[..., vocab]``."""
+        (patch,) = self.source
+        y = base(x)
+        return (y + (x.to(patch.B.dtype) @ patch.B) @ patch.A * patch.scale).to(y.dtype)
+
+    def fold(self, layer: nn.Module, W: Tensor) -> Tensor:
+        """``W + (scale B A)^T`` for ``W [vocab, dim]`` in fp32."""
+        return W + self.source[0].delta().T.to(W.device)
+
+    def silent(self) -> bool:
+        """Whether the shared update still changes nothing."""
+        return self.source[0].silent()
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """LoRA's settings.
+
+    Attributes:
+        r: rank of the update.
+        alpha: the scale is ``alpha / r``; a number, not tuned in the paper but set to the first r tried (section 4.1).
+        dropout: on the input of A.
+        scaling: ``alpha/r``, or ``alpha/sqrt(r)``, which keeps the update's size as r grows (rsLoRA, arXiv 2312.03732).
+        init: how A starts, `kaiming` or `gaussian`; B starts at zero.
+        bias: train no biases, `all` of the model's, or those of the patched layers (`lora_only`).
+        ranks, alphas: other values for some targets; a key is a regex that must match the end of the layer's path
+            from a dot on, as PEFT's rank_pattern, and the first that does counts.
+        modules_to_save: names of modules trained whole, beside the factors.
+        token_rows: ids whose embedding rows (and output rows) are trained, all others frozen.
+        tied: let an update of a tied embedding reach the output head too; without it, only the input side changes.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    scaling: str = "alpha/r"
+    init: str = "kaiming"
+    bias: str = "none"
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: Sequence[str] = ()
+    token_rows: Sequence[int] = ()
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        # Equal settings are to be equal values, however they were spelled.
+        for name, plain in (("alpha", float), ("ranks", dict), ("modules_to_save", tuple), ("token_rows", tuple)):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        object.__setattr__(self, "alphas", {key: float(alpha) for key, alpha in self.alphas.items()})
+        ranks, alphas = [self.r, *self.ranks.values()], [self.alpha, *self.alphas.values()]
+        faults = [
+            f"{what} is {value!r}, which must be {need}"
+            for what, value, good, need in (
+                *(("rank", r, isinstance(r, int) and r > 0, "a whole number from 1 up") for r in ranks),
+                *(("alpha", alpha, math.isfinite(alpha), "a finite number") for alpha in alphas),
+                ("dropout", self.dropout, 0 <= self.dropout < 1, "at least 0 and below 1"),
+                ("scaling", self.scaling, self.scaling in SCALINGS, f"one of {', '.join(SCALINGS)}"),
+                ("init", self.init, self.init in INITS, f"one of {', '.join(INITS)}"),
+                ("bias", self.bias, self.bias in BIASES, f"one of {', '.join(BIASES)}"),
+            )
+            if not good
+        ]
+        if faults:
+            raise all_faults("these LoRA settings cannot be used:", faults)
+
+    def rank_of(self, path: str) -> int:
+        """The rank at a layer."""
+        return _by_pattern(self.ranks, path, self.r)
+
+    def alpha_of(self, path: str) -> float:
+        """Alpha at a layer."""
+        return _by_pattern(self.alphas, path, self.alpha)
+
+    def scale_of(self, path: str) -> float:
+        """What multiplies ``B A`` at a layer."""
+        return SCALINGS[self.scaling](self.alpha_of(path), self.rank_of(path))
+
+    def patches(self, model: nn.Module, targets: Sequence[Target]) -> Iterator[tuple[str, str, nn.Module]]:
+        """Yield ``(path, part, patch)`` for every matrix; raises if a pattern or an option fits nothing."""
+        for key in [*self.ranks, *self.alphas]:
+            if not any(_fits(key, target.path) for target in targets):
+                raise all_faults(
+                    f"the rank or alpha given for {key!r} fits none of the targets:",
+                    [names(target.path for target in targets)],
+                )
+        tie = _Ends(model)
+        if self.tied and not (tie.tied and tie.embedding in [target.path for target in targets]):
+            raise all_faults("tied=True needs a tied embedding among the targets:", [tie.say()])
+        for target in targets:
+            patch = LowRank(target, self.rank_of(target.path), self.scale_of(target.path), self.dropout, self.init)
+            yield target.path, target.part or "lora", patch
+            if self.tied and target.path == tie.embedding:
+                yield tie.head, "lora_tied", TiedLowRank(patch)
+        if self.token_rows:
+            yield from self._token_rows(model, tie)
+
+    def selects(self, model: nn.Module, targets: Sequence[Target]) -> list[str]:
+        """Names of the model's own parameters that are trained, each once."""
+        chosen: dict[str, None] = {}
+        patched = {target.path for target in targets}
+        for name, _ in model.named_parameters(remove_duplicate=False):
+            path, _, last = name.rpartition(".")
+            if last == "bias" and (self.bias == "all" or (self.bias == "lora_only" and path in patched)):
+                chosen[name] = None
+        if self.bias != "none" and not chosen:
+            raise all_faults(f"bias={self.bias!r} selects nothing:", ["this model has none there; use bias='none'"])
+        for wanted in self.modules_to_save:
+            found = [
+                name
+                for name, _ in model.named_parameters(remove_duplicate=False)
+                if f".{CHILD}." not in name and f".{wanted}." in f".{name}"
+            ]
+            if not found:
+                owners = names(
+                    path for path, module in model.named_modules() if path and list(module.parameters(False))
+                )
+                raise all_faults(f"modules_to_save: no module is called {wanted!r}:", [f"this model has: {owners}"])
+            if clash := sorted(path for path in patched if any(name.startswith(f"{path}.") for name in found)):
+                fixes = [f"add '!{path}' to the targets" for path in clash]
+                raise all_faults(f"{wanted!r} is trained whole and is a target too:", fixes)
+            chosen.update(dict.fromkeys(found))
+        return list(chosen)
+
+    def _token_rows(self, model: nn.Module, tie: _Ends) -> Iterator[tuple[str, str, nn.Module]]:
+        if not tie.embedding:
+            raise all_faults("token_rows needs a model with an input embedding:", [f"{type(model).__name__} has none"])
+        source = TokenRows(model.get_submodule(tie.embedding), self.token_rows)
+        yield tie.embedding, "tokens", source
+        if tie.tied:
+            yield tie.head, "tokens_tied", TiedTokenRows(source)
+        elif tie.head:
+            # Without its output row a new token could be read but never written.
+            yield tie.head, "tokens", TokenRows(model.get_submodule(tie.head), self.token_rows)
+
+
+class _Ends:
+    """The paths of a model's input embedding and output head, empty where it has none, and whether they are tied."""
+
+    def __init__(self, model: nn.Module) -> None:
+        paths = {id(module): path for path, module in model.named_modules()}
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        self.embedding = paths.get(id(embedding), "")
+        self.head = paths.get(id(head), "")
+        self.tied = embedding is not None and head is not None and embedding.weight is head.weight
+
+    def say(self) -> str:
+        return f"{self.embedding} and {self.head} are tied" if self.tied else "this model ties nothing"
+
+
+def _storage(layer: nn.Module) -> weights.Storage:
+    storage = weights.storage(layer)
+    assert storage is not None, type(layer)
+    return storage
+
+
+def _fits(key: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def _by_pattern(patterns: Mapping, path: str, default):
+    return next((value for key, value in patterns.items() if _fits(key, path)), default)

@@ -1,0 +1,206 @@
+"""Put patches on a model and take them off: inject, eject, merge, unmerge, select, disabled, trainable, count.
+
+A patched layer stays itself. It gets a run-time subclass of its own class, with the same name, whose forward calls
+
+    patch(layer, base_forward, *args)
+
+and its patches become its child `lorica`. Nothing else moves: parameter names, tying, `save_pretrained`,
+`resize_token_embeddings` and direct reads of `.weight` see the model they know.
+
+What cannot be a patch is a displacement: another `Parameter` put in the place of the base's, which is kept aside.
+Trained biases and whole modules are displaced while their adapter is active, merged weights while it is merged, and
+undoing either puts the kept object back, so nothing is ever computed back to where it was (law 2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from lorica import weights
+from lorica.errors import LoricaError
+from lorica.merging import MergeReport, merge, unmerge
+from lorica.state import (
+    Installed,
+    State,
+    activate,
+    base_parameters,
+    forget,
+    hide_from_save_pretrained,
+    known,
+    patches_of,
+    place,
+    remove,
+    require,
+    set_active,
+    state_of,
+)
+from lorica.targets import Target, resolve
+
+__all__ = [
+    "Count",
+    "MergeReport",
+    "Method",
+    "active",
+    "adapters",
+    "base_parameters",
+    "count",
+    "disabled",
+    "eject",
+    "fingerprint",
+    "inject",
+    "installed",
+    "merge",
+    "select",
+    "trainable",
+    "unmerge",
+]
+
+
+class Method(Protocol):
+    """A recipe: what it puts beside the layers, and which of the model's own parameters it trains."""
+
+    def patches(self, model: nn.Module, targets: Sequence[Target]) -> Iterable[tuple[str, str, nn.Module]]:
+        """``(path, part, patch)``: several parts at one layer act one after the other."""
+
+    def selects(self, model: nn.Module, targets: Sequence[Target]) -> Iterable[str]:
+        """Names of parameters."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters: `trainable` of the active adapter, `total` of the base with tied ones counted once."""
+
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """``trainable / total``."""
+        return self.trainable / self.total
+
+
+def inject(
+    model: nn.Module, method: Method, targets: str | Sequence[str | Target] = "all-linear", name: str = "default"
+) -> list[str]:
+    """Put a method's patches on a model under an adapter name, make it the active one and freeze all else.
+
+    Returns the targets patched, in the model's order. Raises with every target that does not fit; the model is then
+    untouched. The model's train or eval mode stays.
+    """
+    state = state_of(model) or State()
+    if name in state.adapters:
+        raise LoricaError(f"this model already has an adapter {name!r}; eject it first, or give another name")
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
+        raise LoricaError(f"an adapter cannot be called {name!r}: use letters, digits, _ and -, and no method's name")
+    if state.merged:
+        raise LoricaError(f"adapter {state.merged!r} is merged; unmerge it before another is injected")
+    chosen = resolve(model, targets)
+    made = list(method.patches(model, chosen))
+    selected = {
+        wanted: nn.Parameter(parameter.detach().clone())
+        for wanted, parameter in _named(model, method.selects(model, chosen)).items()
+    }
+    if not made and not selected:
+        raise LoricaError(f"{type(method).__name__} selects nothing on this model, so there would be nothing to train")
+    if not state.adapters:
+        state.trained = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+        model._lorica = state  # type: ignore[assignment]
+    patches: dict[tuple[str, str], nn.Module] = {}
+    for path, part, patch in made:
+        layer = model.get_submodule(path)
+        patches[path, part] = patch.to(layer.get_parameter("weight").device).train(layer.training)
+        patches_of(layer).parts_of(name)[part] = patch
+    state.adapters[name] = Installed(method, chosen, patches, selected)
+    hide_from_save_pretrained(model)
+    select(model, name)
+    return [str(target) for target in chosen]
+
+
+def eject(model: nn.Module, name: str | None = None) -> None:
+    """Take an adapter (default: all of them) off; without any, the model is the base again, to the bit."""
+    state = require(model)
+    for each in [known(state, name)] if name else list(state.adapters):
+        if each in (state.active, state.merged):
+            select(model, None)
+        remove(model, state, each)
+    if not state.adapters:
+        forget(model, state)
+
+
+def select(model: nn.Module, name: str | None) -> None:
+    """Make an adapter the active one, or none. On a merged model the new one is merged in the old one's place."""
+    state = require(model)
+    if name is not None:
+        known(state, name)
+    was_merged = state.merged is not None
+    if was_merged:
+        unmerge(model)
+    activate(model, state, name)
+    if was_merged and name is not None:
+        merge(model, check=False)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model for the length of a block, merged or not."""
+    state = require(model)
+    name = state.active
+    ours = {name: model.get_parameter(name) for name in state.base}
+    place(model, state.base)
+    set_active(model, state, None)
+    try:
+        yield
+    finally:
+        place(model, ours)
+        set_active(model, state, name)
+
+
+def adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that live on a model."""
+    state = state_of(model)
+    return list(state.adapters) if state else []
+
+
+def active(model: nn.Module) -> str | None:
+    """The active adapter's name, merged or not; None for the base."""
+    state = state_of(model)
+    return (state.merged or state.active) if state else None
+
+
+def trainable(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+    """An adapter's own tensors by canonical name, in a stable order.
+
+    A patch's is ``<layer path>#<part>.<tensor>`` (``model.layers.0.self_attn.q_proj#lora.A``), a selected parameter's
+    its name in the model.
+    """
+    return installed(model, name).tensors()
+
+
+def count(model: nn.Module, name: str | None = None) -> Count:
+    """How many parameters an adapter trains, and how many the base has."""
+    return Count(
+        sum(parameter.numel() for parameter in trainable(model, name).values()),
+        sum(parameter.numel() for parameter in {id(p): p for _, p in base_parameters(model)}.values()),
+    )
+
+
+def installed(model: nn.Module, name: str | None = None) -> Installed:
+    """The record of an adapter: its method, targets, patches and selected parameters."""
+    state = require(model)
+    return state.adapters[known(state, name or state.merged or state.active)]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """`weights.fingerprint` of the base under whatever is on it."""
+    return weights.fingerprint(base_parameters(model))
+
+
+def _named(model: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Parameter]:
+    base = dict(base_parameters(model))
+    return {name: base[name] for name in wanted}

@@ -1,0 +1,254 @@
+"""Which layers a method touches: presets, names, globs, regexes, layer ranges, exclusions, slices of fused layers.
+
+A specification is a list of items, or one string with commas between them. An item is
+
+    all-linear                 a preset (`PRESETS`)
+    q_proj, mlp.down_proj      a name: the layer's path, or the end of it
+    model.layers.*.q_proj      a glob over the whole path
+    re:.*\\.(q|v)_proj          a regex over the whole path
+    q_proj@8-15                only in blocks 8 to 15 (also @8, @8-)
+    c_attn[q,v]                only these rows of a fused layer
+    !lm_head                   leave out what the rest of the item matches
+
+Every item must match something: a target that matches nothing would train nothing, in silence.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lorica import weights
+from lorica.errors import all_faults
+
+PRESETS: dict[str, str] = {
+    "all-linear": "every linear layer but the output head (the default)",
+    "attention": "every linear layer inside attention",
+    "mlp": "every linear layer of the blocks outside attention",
+    "qv": "the query and value projections, or those rows of a fused one",
+    "paper": "the same as qv: what the paper adapts in its main experiments (section 4.2)",
+}
+CHILD = "lorica"  # the name under which a patched layer holds its patches
+
+_QUERY_VALUE = {
+    "q": {"q_proj", "query", "q_lin", "query_proj", "wq", "q"},
+    "v": {"v_proj", "value", "v_lin", "value_proj", "wv", "v"},
+}
+_HEADS = {"lm_head", "embed_out", "score", "classifier", "qa_outputs", "classification_head", "cls"}
+_INTERLEAVED = {"query_key_value"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One matrix to patch: a layer, or a slice of the output rows of a fused one.
+
+    `shape` is ``(out, in)`` of the whole layer; `rows` is ``(start, stop)`` of the slice.
+    """
+
+    path: str
+    storage: str
+    shape: tuple[int, int]
+    part: str | None = None
+    rows: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}[{self.part}]" if self.part else self.path
+
+
+@dataclass(frozen=True)
+class _Item:
+    text: str
+    name: str
+    exclude: bool
+    parts: tuple[str, ...]
+    layers: tuple[int, int | None] | None
+
+
+def resolve(model: nn.Module, spec: str | Sequence[str | Target]) -> list[Target]:
+    """The targets of `model` that `spec` names, in the model's order. Raises one error with every item that fails."""
+    items = [_parse(text) for text in split_spec(spec)] if not _resolved(spec) else []
+    if not items:
+        return list(spec)  # type: ignore[arg-type]
+    layers = candidates(model)
+    faults: list[str] = []
+    if all(item.exclude for item in items):
+        faults.append("only exclusions are given; name what to keep, for example all-linear")
+    excluded: set[tuple[str, str | None]] = set()
+    chosen: dict[tuple[str, str | None], Target] = {}
+    for item in sorted(items, key=lambda item: not item.exclude):
+        wanted = [(path, parts) for path, parts in _wanted(model, item, layers) if _in_range(path, item.layers)]
+        if not wanted:
+            faults.append(f"{item.text!r} matches no layer")
+        elif item.exclude:
+            excluded |= {(path, part) for path, parts in wanted for part in parts or (None,)}
+        else:
+            for target in _targets(model, item, wanted, layers, excluded, faults):
+                chosen.setdefault((target.path, target.part), target)
+    for path, part in list(chosen):
+        if part is not None and (path, None) in chosen:
+            del chosen[path, part]  # the whole layer was asked for too
+    if faults:
+        raise all_faults("these targets do not fit this model:", [*faults, f"it has: {names(layers)}"])
+    if not chosen:
+        raise all_faults("no target is left after the exclusions:", [f"this model has: {names(layers)}"])
+    order = {path: place for place, path in enumerate(layers)}
+    return sorted(chosen.values(), key=lambda target: (order[target.path], target.rows or (0, 0)))
+
+
+def split_spec(spec: str | Sequence[Any]) -> list[str]:
+    """The items of a specification: commas separate, except inside the brackets of a slice."""
+    texts = [spec] if isinstance(spec, str) else [str(item) for item in spec]
+    return [item.strip() for text in texts for item in re.split(r",(?![^\[]*\])", text) if item.strip()]
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer that can be patched, by path."""
+    return {
+        path: layer
+        for path, layer in model.named_modules()
+        if path and f".{CHILD}." not in path and weights.storage(layer) is not None
+    }
+
+
+def names(layers: Iterable[str]) -> str:
+    """The distinct last names of some paths with their counts, for messages: ``q_proj x30, v_proj x30``."""
+    counts = Counter(path.rsplit(".", 1)[-1] for path in layers)
+    return ", ".join(f"{name} x{count}" if count > 1 else name for name, count in counts.items()) or "no layer at all"
+
+
+def slices(model: nn.Module, path: str) -> dict[str, tuple[int, int]]:
+    """The named row ranges of a fused projection ``{part: (start, stop)}``; empty for any other layer."""
+    layer, config = model.get_submodule(path), getattr(model, "config", None)
+    kind = weights.storage(layer)
+    out = kind.shape(layer)[0] if kind else 0
+    name = path.rsplit(".", 1)[-1]
+    if name == "gate_up_proj":
+        return _ranges(gate=out // 2, up=out // 2)
+    if name not in ("c_attn", "qkv_proj", "Wqkv"):
+        return {}
+    heads = getattr(config, "num_attention_heads", 0)
+    kv_heads: int = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", 0) or heads
+    if kv_heads == heads:
+        return _ranges(q=out // 3, k=out // 3, v=out // 3) if out % 3 == 0 else {}
+    head = out // (heads + 2 * kv_heads)
+    return _ranges(q=heads * head, k=kv_heads * head, v=kv_heads * head) if out % (heads + 2 * kv_heads) == 0 else {}
+
+
+def refusal(model: nn.Module, path: str) -> str | None:
+    """Why a layer cannot be patched although it looks like one that can: its forward is never called."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads this weight itself and never calls the layer; a patch would do nothing"
+    if isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2"):
+        return "nn.TransformerEncoderLayer skips this layer in its fast path; a patch would do nothing in eval mode"
+    if "forward" in vars(model.get_submodule(path)):
+        return "its forward was replaced on the instance (by a hook of another library), which would hide the patch"
+    return None
+
+
+def _resolved(spec: str | Sequence[Any]) -> bool:
+    return not isinstance(spec, str) and bool(spec) and all(isinstance(item, Target) for item in spec)
+
+
+def _parse(text: str) -> _Item:
+    exclude = text.startswith("!")
+    name = text.removeprefix("!")
+    layers: tuple[int, int | None] | None = None
+    parts: tuple[str, ...] = ()
+    if not name.startswith("re:"):
+        if match := re.fullmatch(r"(.+)@(\d+)(-(\d*))?", name):
+            name, first = match[1], int(match[2])
+            layers = (first, (int(match[4]) if match[4] else None) if match[3] else first)
+        if match := re.fullmatch(r"(.+)\[([\w, ]+)\]", name):
+            name, parts = match[1], tuple(part.strip() for part in match[2].split(","))
+    return _Item(text, name, exclude, parts, layers)
+
+
+def _wanted(model: nn.Module, item: _Item, layers: dict[str, nn.Module]) -> list[tuple[str, tuple[str, ...]]]:
+    if item.name in PRESETS:
+        return [(path, item.parts or parts) for path, parts in _preset(model, item.name, layers)]
+    if item.name.startswith("re:"):
+        return [(path, item.parts) for path in layers if re.fullmatch(item.name[3:], path)]
+    if any(sign in item.name for sign in "*?"):
+        return [(path, item.parts) for path in layers if fnmatch.fnmatchcase(path, item.name)]
+    return [(path, item.parts) for path in layers if path == item.name or path.endswith(f".{item.name}")]
+
+
+def _targets(
+    model: nn.Module,
+    item: _Item,
+    wanted: list[tuple[str, tuple[str, ...]]],
+    layers: dict[str, nn.Module],
+    excluded: set[tuple[str, str | None]],
+    faults: list[str],
+) -> Iterator[Target]:
+    for path, parts in wanted:
+        if (path, None) in excluded:
+            continue
+        if reason := refusal(model, path):
+            faults.append(f"{item.text!r} matches {path}: {reason}; add '!{path}' to leave it out")
+            continue
+        kind = weights.storage(layers[path])
+        assert kind is not None
+        shape = kind.shape(layers[path])
+        if not parts and not any(whole == path for whole, _ in excluded):
+            yield Target(path, kind.name, shape)
+            continue
+        ranges = slices(model, path)
+        if unknown := [part for part in parts if part not in ranges]:
+            had = f"it has: {', '.join(ranges)}" if ranges else "its rows are not known, or interleaved"
+            faults.append(f"{item.text!r}: {path} has no slice {', '.join(unknown)}; {had}")
+            continue
+        for part in parts or ranges:
+            if (path, part) not in excluded:
+                yield Target(path, kind.name, shape, part, ranges[part])
+
+
+def _preset(model: nn.Module, name: str, layers: dict[str, nn.Module]) -> list[tuple[str, tuple[str, ...]]]:
+    """What a preset names, as (path, parts); told apart by the words that model code uses for attention and blocks."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    linear = [
+        path
+        for path, layer in layers.items()
+        if not weights.storage(layer).takes_ids  # type: ignore[union-attr]
+        and layer is not head
+        and not _HEADS & set(path.split("."))
+    ]
+    if name == "all-linear":
+        return [(path, ()) for path in linear]
+    attention = [path for path in linear if re.search("attn|attention", path, re.IGNORECASE)]
+    if name == "attention":
+        return [(path, ()) for path in attention]
+    if name == "mlp":
+        inside = [path for path in linear if path not in set(attention) and _block(path) is not None]
+        return [(path, ()) for path in inside if path.rsplit(".", 1)[-1] not in ("gate", "router")]
+    single = [(path, ()) for path in attention if path.rsplit(".", 1)[-1] in _QUERY_VALUE["q"] | _QUERY_VALUE["v"]]
+    fused = [path for path in attention if path.rsplit(".", 1)[-1] in _INTERLEAVED or slices(model, path)]
+    return [*single, *((path, ("q", "v")) for path in fused)]
+
+
+def _block(path: str) -> int | None:
+    """The index of the block a path lies in: its first all-digit segment."""
+    return next((int(segment) for segment in path.split(".") if segment.isdigit()), None)
+
+
+def _in_range(path: str, layers: tuple[int, int | None] | None) -> bool:
+    if layers is None:
+        return True
+    block = _block(path)
+    return block is not None and layers[0] <= block and (layers[1] is None or block <= layers[1])
+
+
+def _ranges(**sizes: int) -> dict[str, tuple[int, int]]:
+    ranges, start = {}, 0
+    for part, size in sizes.items():
+        ranges[part] = (start, start + size)
+        start += size
+    return ranges
