@@ -56,7 +56,7 @@ def merge(
     size = _bytes(parameter for _, parameter in live(model))
     layers = _fold(model, state, name, keep)
     now = {id(parameter): parameter for _, parameter in live(model)}
-    kept = _bytes(parameter for parameter in state.base.values() if id(parameter) not in now)
+    kept = _bytes(parameter for parameter in state.base.values() if id(parameter) not in now) if keep else 0
     set_active(model, state, None)
     state.merged = name
     difference, same_top = _compare(before, _outputs(model, probe))

@@ -102,10 +102,7 @@ def inject(
         raise LoricaError(f"adapter {state.merged!r} is merged; unmerge it before another is injected")
     chosen = resolve(model, targets)
     made = list(method.patches(model, chosen))
-    selected = {
-        wanted: nn.Parameter(parameter.detach().clone())
-        for wanted, parameter in _named(model, method.selects(model, chosen)).items()
-    }
+    selected = _copies(model, method.selects(model, chosen))
     if not made and not selected:
         raise LoricaError(f"{type(method).__name__} selects nothing on this model, so there would be nothing to train")
     if not state.adapters:
@@ -201,6 +198,8 @@ def fingerprint(model: nn.Module) -> str:
     return weights.fingerprint(base_parameters(model))
 
 
-def _named(model: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Parameter]:
+def _copies(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """A trainable copy for each name; names that are one tied parameter share theirs."""
     base = dict(base_parameters(model))
-    return {name: base[name] for name in wanted}
+    copies = {id(base[name]): nn.Parameter(base[name].detach().clone()) for name in names}
+    return {name: copies[id(base[name])] for name in names}

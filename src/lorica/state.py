@@ -29,7 +29,10 @@ class Installed:
             for (path, part), patch in self.patches.items()
             for key, parameter in patch.named_parameters()
         }
-        return patched | self.selected
+        first: dict[int, str] = {}  # names of one tied parameter share a copy, which counts once
+        for key, parameter in self.selected.items():
+            first.setdefault(id(parameter), key)
+        return patched | {key: self.selected[key] for key in first.values()}
 
 
 @dataclass
