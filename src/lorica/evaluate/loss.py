@@ -1,0 +1,93 @@
+"""Held-out loss: every labelled token counts once, however the rows are batched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lorica.data import Example, collate
+from lorica.errors import LoricaError
+from lorica.kernels.labelled import IGNORED, positions, takes_positions
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """A loss in nats per labelled token, over `tokens` such tokens in `rows` rows.
+
+    `per_row` holds each row's sum of nats and number of labelled tokens, in the order of the rows.
+    """
+
+    loss: float
+    tokens: int
+    rows: int
+    per_row: list[tuple[float, int]]
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        return math.exp(self.loss)
+
+
+@torch.no_grad()
+def loss(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    batch_tokens: int = 1024,
+    progress: Callable[[int, int], None] | None = None,
+) -> LossResult:
+    """The mean negative log-likelihood of the labelled tokens.
+
+    Args:
+        batch_tokens: tokens of a forward pass, padding included; it changes memory and speed, not the result.
+        progress: called with rows done and rows in all.
+
+    The model's mode is left as it was.
+    """
+    if not examples:
+        raise LoricaError("there are no rows to measure the loss on")
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    per_row: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
+    done = 0
+    for places in _batches([len(example.ids) for example in examples], batch_tokens):
+        # Padded on the right, where causal attention never looks back from a real token: any id pads.
+        batch = {key: value.to(device) for key, value in collate([examples[i] for i in places], 0).items()}
+        kept = positions(batch["labels"])
+        wanted = batch["labels"][:, kept + 1]
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        if takes_positions(model):
+            logits = model(**inputs, logits_to_keep=kept).logits
+        else:
+            logits = model(**inputs).logits[:, kept]
+        nats = F.cross_entropy(
+            logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view_as(wanted)
+        for row, place in enumerate(places):
+            per_row[place] = (nats[row].double().sum().item(), int((wanted[row] != IGNORED).sum()))
+        done += len(places)
+        if progress:
+            progress(done, len(examples))
+    model.train(training)
+    tokens = sum(count for _, count in per_row)
+    if not tokens:
+        raise LoricaError("no token of these rows is labelled, so there is no loss to measure")
+    return LossResult(math.fsum(total for total, _ in per_row) / tokens, tokens, len(examples), per_row)
+
+
+def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Places of rows of like length, as many together as the budget holds padded; at least one."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[place] > budget:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch

@@ -1,0 +1,1 @@
+"""The fast paths, each exact and beside its plain reference."""

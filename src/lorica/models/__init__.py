@@ -1,0 +1,23 @@
+"""Models: a folder, a hub id, a `.gguf` file or a built-in alias -> model and tokenizer, ready to be patched."""
+
+from __future__ import annotations
+
+from lorica.models.builtin import BUILTIN, Builtin
+from lorica.models.loading import load
+from lorica.models.machine import resolve_device, resolve_dtype
+from lorica.models.opening import Description, Opened, describe, load_tokenizer, open_thing
+from lorica.models.wheels import fetch_wheel
+
+__all__ = [
+    "BUILTIN",
+    "Builtin",
+    "Description",
+    "Opened",
+    "describe",
+    "fetch_wheel",
+    "load",
+    "load_tokenizer",
+    "open_thing",
+    "resolve_device",
+    "resolve_dtype",
+]

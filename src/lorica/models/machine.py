@@ -1,0 +1,55 @@
+"""Where a model goes and in which number format: device and dtype words -> what torch takes."""
+
+from __future__ import annotations
+
+import torch
+
+from lorica.errors import LoricaError, nearest
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """The device for a word: `auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
+
+    Raises:
+        LoricaError: no such word, or this machine or this torch has no such device.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise LoricaError(f"unknown device {str(device)!r}: auto, cpu, cuda, cuda:1, mps") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise LoricaError(
+            f"no device {found}: torch {torch.__version__} sees {count} CUDA device{'' if count == 1 else 's'} here"
+        )
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise LoricaError("no device mps: this machine or this torch has none")
+    return found
+
+
+def resolve_dtype(dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> torch.dtype:
+    """The dtype for a word: `fp32`, `bf16`, `fp16`, or `auto`: bf16 where `device` computes it natively, else fp32."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if native_bf16(resolve_device(device)) else torch.float32
+    if dtype not in DTYPES:
+        raise LoricaError(f"unknown dtype {dtype!r}: auto, {', '.join(DTYPES)}{nearest(dtype, ['auto', *DTYPES])}")
+    return DTYPES[dtype]
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware, so that bf16 is faster than fp32 and not slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    # oneDNN's own answer is yes from AVX-512 on, where it emulates bf16 more slowly than fp32.
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))

@@ -1,0 +1,173 @@
+"""`open_thing`: a model, an adapter or a run -> a model that is ready to be used, with the adapter on it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorica import patch
+from lorica.adapter import Adapter
+from lorica.errors import LoricaError
+from lorica.models.builtin import BUILTIN
+from lorica.models.checkpoint import read_tokenizer
+from lorica.models.ggufs import read_gguf_tokenizer
+from lorica.models.loading import base_name, load, locate
+from lorica.models.wheels import Progress
+
+_ADAPTER = "adapter_config.json"
+
+
+class Opened(NamedTuple):
+    """A thing in use.
+
+    Attributes:
+        base: alias, hub id or absolute path of the base model.
+        adapter: what is applied to it, unmerged, under the name `default`; None for a plain model.
+    """
+
+    model: PreTrainedModel
+    tok: PreTrainedTokenizerBase
+    base: str
+    adapter: Adapter | None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model is, in numbers.
+
+    Attributes:
+        name: alias, hub id or absolute path; `title` is what to call it beside results.
+        kind: class of the model.
+        parameters: of the base; a tied matrix counts once.
+        nbytes: memory of these.
+        dtype: number format of most of these.
+    """
+
+    name: str
+    title: str
+    kind: str
+    parameters: int
+    nbytes: int
+    dtype: str
+
+
+def open_thing(
+    thing: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    adapter: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Opened:
+    """Load whatever `thing` is: anything that `load` takes, an adapter (folder or hub id), or a run folder.
+
+    Args:
+        thing: a run gives its `best` adapter, else its `last`; an adapter is put on the base model that it names.
+        dtype, device, progress: as for `load`.
+        adapter: an adapter or a run to put on `thing`, which is then the base model whatever the adapter names.
+
+    Raises:
+        LoricaError: as `load`, or an adapter that does not fit or names no base that can be loaded.
+    """
+    base, folder = (None, _adapter_folder(thing)) if str(thing) not in BUILTIN else (str(thing), None)
+    if adapter is not None:
+        if folder:
+            raise LoricaError(f"{thing} is an adapter already: give its base model, or leave {adapter} away")
+        base, folder = str(thing), _adapter_folder(adapter)
+        if folder is None:
+            raise LoricaError(f"{adapter} is neither an adapter nor a run: no {_ADAPTER} in it")
+    if folder is None:
+        model, tok = load(thing, dtype=dtype, device=device, progress=progress)
+        return Opened(model, tok, base_name(thing), None)
+    chosen = Adapter.load(folder)
+    model, tok = _base(chosen, folder, base, dtype, device, progress)
+    _warn_if_other_base(chosen, model, folder)
+    chosen.apply(model)
+    if template := chosen.meta.get("chat_template"):
+        tok.chat_template = template  # what it was trained through
+    return Opened(model, tok, model.config._name_or_path, chosen)
+
+
+def load_tokenizer(thing: str | Path, *, progress: Progress | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer alone of whatever `open_thing` takes, with the chat template of an adapter's training."""
+    template = None
+    source = thing
+    if str(thing) not in BUILTIN and (folder := _adapter_folder(thing, weights=False)):
+        adapter = Adapter.load(folder)
+        source, template = _base_named(adapter, folder), adapter.meta.get("chat_template")
+    path, name = locate(source, progress, weights=False), base_name(source)
+    tok = (read_gguf_tokenizer if path.is_file() else read_tokenizer)(path, name)
+    tok.name_or_path = name
+    if template:
+        tok.chat_template = template
+    return tok
+
+
+def describe(model: PreTrainedModel) -> Description:
+    """Name, size and format of a model, whatever adapters are on it."""
+    parameters = {id(parameter): parameter for _, parameter in patch.base_parameters(model)}.values()
+    sizes: dict[str, int] = {}
+    for parameter in parameters:
+        word = str(parameter.dtype).removeprefix("torch.")
+        sizes[word] = sizes.get(word, 0) + parameter.nbytes
+    name = model.config._name_or_path
+    return Description(
+        name=name,
+        title=BUILTIN[name].title if name in BUILTIN else Path(name).name,
+        kind=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        nbytes=sum(sizes.values()),
+        dtype=max(sizes, key=sizes.__getitem__),
+    )
+
+
+def _adapter_folder(thing: str | Path, weights: bool = True) -> Path | None:
+    """The folder with the adapter that `thing` is or holds; None where it is something else."""
+    path = Path(thing).expanduser()
+    if path.is_file():
+        return None
+    folder = path if path.is_dir() else locate(thing, weights=weights)
+    for choice in (folder, folder / "best", folder / "last"):
+        if (choice / _ADAPTER).is_file():
+            return choice
+    if (folder / "run.toml").is_file():
+        raise LoricaError(f"the run {thing} has no adapter yet: neither best/ nor last/ is there")
+    return None
+
+
+def _base(
+    adapter: Adapter,
+    folder: Path,
+    base: str | None,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    progress: Progress | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    named = base or _base_named(adapter, folder)
+    try:
+        return load(named, dtype=dtype, device=device, progress=progress)
+    except LoricaError as error:
+        if base:
+            raise
+        raise LoricaError(f"the base model of the adapter {folder}: {error}") from error
+
+
+def _base_named(adapter: Adapter, folder: Path) -> str:
+    if named := adapter.meta.get("base_model"):
+        return named
+    raise LoricaError(f"the adapter {folder} names no base model: give the model, and this as its adapter")
+
+
+def _warn_if_other_base(adapter: Adapter, model: PreTrainedModel, folder: Path) -> None:
+    trained_on = adapter.meta.get("base_fingerprint")
+    if trained_on and trained_on != patch.fingerprint(model):
+        warnings.warn(
+            f"the weights of {model.config._name_or_path} are not those that {folder} was trained on"
+            f" ({adapter.meta.get('base_model') or 'unnamed'}): expect other answers",
+            stacklevel=3,
+        )
