@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"lorica.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'lorica' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -62,7 +62,8 @@ def write(folder: Path, contents: Contents, dtype: str = "fp32") -> None:
         raise LoricaError(f"an adapter is kept as one of {', '.join(DTYPES)}, not {dtype!r}")
     tensors = {key: value.to(DTYPES[dtype]).contiguous() for key, value in sorted(_to_peft(contents).items())}
     config = json.dumps(_config(contents), indent=2, sort_keys=True) + "\n"
-    blob = save(tensors, metadata={"format": "pt", "lorica": json.dumps(_metadata(contents), sort_keys=True)})
+    # One key only: safetensors writes several in random order, and the same adapter is to give the same bytes.
+    blob = save(tensors, metadata={"lorica": json.dumps(_metadata(contents), sort_keys=True)})
     if folder.is_dir():
         write_atomic(folder / TENSORS, blob)
         write_atomic(folder / CONFIG, config)

@@ -1,0 +1,89 @@
+"""The picture of one or more runs: training and held-out loss against updates, from metrics.jsonl alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorica.errors import LoricaError
+from lorica.files import write_atomic
+from lorica.train import folder
+
+# Okabe and Ito's palette, told apart by people with any colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def draw(runs: Sequence[str | Path], out: str | Path) -> None:
+    """Draw the curves of `runs` (folders) to `out`, a .png, .svg or .pdf.
+
+    LoricaError if matplotlib is missing, a folder is no run, or a run has no update yet.
+    """
+    out = Path(out)
+    if out.suffix not in FORMATS:
+        raise LoricaError(f"{out}: a picture is written as {', '.join(FORMATS)}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as missing:
+        raise LoricaError('curves need matplotlib: pip install "lorica[plot]"') from missing
+    logs = {Path(run): folder.read_log(Path(run) / folder.METRICS) for run in runs}
+    if empty := [str(run) for run, log in logs.items() if not _of(log, "step")]:
+        raise LoricaError(f"no update yet in {', '.join(empty)}")
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for place, (run, log) in enumerate(logs.items()):
+        _one(axes, log, COLOURS[place % len(COLOURS)], f"{run.resolve().name} " if len(logs) > 1 else "")
+    axes.set(xlabel="update", ylabel="loss (nats per token)", xlim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=9)
+    axes.set_title(_title(logs), loc="left", fontsize=10)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=out.suffix[1:])
+    write_atomic(out, picture.getvalue())
+
+
+def _one(axes: Any, log: list[dict[str, Any]], colour: str, name: str) -> None:
+    """One run; `name` is empty where it is the only one, and each update is then shown too."""
+    steps, losses = zip(*((event["step"], event["loss"]) for event in _of(log, "step")), strict=True)
+    if not name:
+        axes.plot(steps, losses, color="#d5d5d5", linewidth=0.7)
+    axes.plot(
+        steps, _smooth(losses), color=colour if name else "#666666", linewidth=1.1, alpha=0.8, label=f"{name}training"
+    )
+    measured = _of(log, "eval")
+    if not measured:
+        return
+    best = [event for event in measured if event["best"]][-1:]
+    label = f"{name}held out" + "".join(f", best {event['held_out']:.3f}" for event in best)
+    steps, losses = zip(*((event["step"], event["held_out"]) for event in measured), strict=True)
+    axes.plot(steps, losses, color=colour, linewidth=1.8, marker="o", markersize=4, clip_on=False, label=label)
+    for event in best:
+        ring = {"markersize": 9, "markerfacecolor": "white", "markeredgewidth": 1.8, "zorder": 3}
+        axes.plot([event["step"]], [event["held_out"]], color=colour, marker="o", **ring)
+
+
+def _title(logs: dict[Path, list[dict[str, Any]]]) -> str:
+    if len(logs) > 1:
+        return f"{len(logs)} runs"
+    (run, log), *_ = logs.items()
+    facts = next(iter(_of(log, "start")), {})
+    model = Path(facts.get("model", "")).name
+    return f"{run.resolve().name}   {model}   rank {facts.get('rank')}, {facts.get('targets')}, lr {facts.get('lr'):g}"
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """A moving average over about a twentieth of the run, unbiased from the first value on."""
+    keep = 1 - 1 / max(1.0, len(values) / 20)
+    mean, weight, smooth = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smooth.append(mean / weight)
+    return smooth
+
+
+def _of(log: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [event for event in log if event["kind"] == kind]

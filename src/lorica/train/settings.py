@@ -1,0 +1,202 @@
+"""`TrainSettings`: every setting of a training, its default, its help and its check. Imports no torch.
+
+The attribute docstrings are the help texts of `lorica train`. A setting that is None follows a rule of this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+METHOD_FIELDS = (
+    "method", "rank", "alpha", "dropout", "targets", "scaling", "init", "bias", "ranks", "alphas", "modules_to_save",
+    "token_rows", "tied",
+)  # fmt: skip
+DEFAULT_EPOCHS = 2.0
+EVALUATIONS = 10
+LR_CAP = 2e-3
+
+
+@dataclass(kw_only=True)
+class TrainSettings:
+    """What is trained, on what, how and for how long."""
+
+    method: Literal["lora"] = "lora"
+    """What is trained: lora (a low-rank update of the targets)."""
+    rank: int = 8
+    """Rank of the update, r in the paper."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Share of the update's inputs dropped while training."""
+    targets: str = "all-linear"
+    """Which layers: a preset (all-linear, attention, qv, mlp, paper), names, globs or re:REGEX, with commas between."""
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
+    """How alpha becomes the scale."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How the factor A starts; B starts at zero, so step 0 is the base model."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases trained beside the update: none, all, or those of the targets."""
+    ranks: str = ""
+    """Other ranks for some targets: q_proj=4,down_proj=16."""
+    alphas: str = ""
+    """Other alphas for some targets: q_proj=8,down_proj=32."""
+    modules_to_save: str = ""
+    """Modules trained whole beside the update, with commas between: lm_head."""
+    token_rows: str = ""
+    """Ids of tokens whose embedding rows are trained too, with commas between."""
+    tied: bool = False
+    """Let the update of a tied embedding act on the output head too."""
+
+    map: str = ""
+    """Columns of a table: prompt=body,completion=category."""
+    prompt: str = ""
+    """A template over columns for the prompt: 'Classify: {body}'."""
+    completion: str = ""
+    """A template over columns for the answer: '{category}'."""
+    system: str = ""
+    """A system message for rows without one."""
+    held_out: float = 0.1
+    """Share of the rows held out to measure with, where the data has no validation part of its own."""
+    max_len: int = 2048
+    """Longest example in tokens; longer ones are cut on the right."""
+
+    lr: float | None = None
+    """Peak learning rate. Default: 5e-4 (2000 / width)^0.775, at most 2e-3."""
+    epochs: float | None = None
+    """Passes over the data, fractions allowed. Default: 2, unless --steps is given."""
+    steps: int | None = None
+    """Updates to make, instead of --epochs."""
+    batch: int = 8
+    """Examples per update."""
+    micro: int | None = None
+    """Examples per forward pass; changes memory and speed, not the result. Default: as many as hold 2,048 tokens."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate goes from its peak: linear or cosine to zero, or constant."""
+    warmup: float = 0.05
+    """Share of the updates over which the rate rises to its peak."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, on what is trained."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+
+    eval_every: int | None = None
+    """Updates between two measurements on the held-out rows. Default: ten in a run."""
+    eval_rows: int = 256
+    """Largest number of held-out rows to measure on; 0 for all."""
+    sample: int = 2
+    """Held-out prompts answered at each measurement, kept in samples.jsonl."""
+    sample_len: int = 48
+    """Longest such answer in tokens."""
+    early_stop: int = 0
+    """Stop after this many measurements in a row without a better one; 0 never stops early."""
+    keep: Literal["all", "adapter"] = "all"
+    """What the run folder keeps at the end: all, or without what --resume needs."""
+    save_every: float = 60.0
+    """Seconds between two savings of the state for --resume; it is saved at each measurement too."""
+    seed: int = 0
+    """Seed of the factor A, the order of the rows and dropout."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the base: auto is bf16 where the device computes it natively, else fp32."""
+    device: str = "auto"
+    """Where to train: auto, cpu, cuda, cuda:1, mps."""
+
+    def check(self) -> list[str]:
+        """Everything that is wrong with the values, in words; empty if they can be used."""
+        faults = [
+            f"{name} is {value!r}; it must be {need}"
+            for name, good, need in _RULES
+            if (value := getattr(self, name)) is not None and not good(value)
+        ]
+        if self.epochs is not None and self.steps is not None:
+            faults.append(f"epochs is {self.epochs} and steps is {self.steps}; give one of them")
+        if self.early_stop and self.held_out == 0:
+            faults.append("early_stop needs held-out rows, and held_out is 0")
+        for name in ("ranks", "alphas"):
+            try:
+                pairs(getattr(self, name))
+            except ValueError:
+                faults.append(f"{name} is {getattr(self, name)!r}; it must look like q_proj=4,down_proj=16")
+        if any(not part.isdigit() for part in words(self.token_rows)):
+            faults.append(f"token_rows is {self.token_rows!r}; it must be token ids with commas between")
+        return faults
+
+    def values(self) -> dict[str, Any]:
+        """The settings as plain values, None left out, in the order above."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainSettings)}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+_POSITIVE = (lambda value: value > 0, "above 0")
+_NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+_RULES = (
+    *((name, *_POSITIVE) for name in ("rank", "lr", "epochs", "steps", "batch", "micro", "eval_every", "sample_len")),
+    *((name, *_NOT_NEGATIVE) for name in ("clip", "weight_decay", "eval_rows", "sample", "early_stop", "save_every")),
+    *((name, lambda value: 0 <= value < 1, "at least 0 and below 1") for name in ("dropout", "held_out", "warmup")),
+    ("alpha", math.isfinite, "a finite number"),
+    ("max_len", lambda value: value >= 2, "2 or more"),
+    ("betas", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)"),
+    ("schedule", lambda value: value in ("linear", "cosine", "constant"), "linear, cosine or constant"),
+    ("keep", lambda value: value in ("all", "adapter"), "all or adapter"),
+    ("method", lambda value: value == "lora", "lora"),
+)
+
+
+def default_lr(width: int) -> float:
+    """The peak rate for a model of this width (hidden size), to two digits.
+
+    ``5e-4 (2000 / width)^0.775``: the fit of "LoRA Without Regret" (Thinking Machines, 2025) for Llama-type decoders.
+    Its first factor is ten times the best rate of full fine-tuning, the ratio found there at every width and rank
+    under alpha / r scaling. Capped at 2e-3, since narrow models lie outside the fit.
+    """
+    return float(f"{min(5e-4 * (2000 / width) ** 0.775, LR_CAP):.2g}")
+
+
+def rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
+    """The rate of update `step` (from 1) of `steps`: rises over the first `warmup * steps`, then follows `schedule`.
+
+    Linear decay after a warm-up is the default because it is what the paper trains with (tables 9 and 11), and a decay
+    to zero suits short runs: the last updates average out the noise of the small batches. No update has rate zero.
+    """
+    rising = round(warmup * steps)
+    if step <= rising:
+        return peak * step / rising
+    done = (step - 1 - rising) / (steps - rising)
+    if schedule == "linear":
+        return peak * (1 - done)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak
+
+
+def number_of_steps(settings: TrainSettings, examples: int) -> int:
+    """How many updates a training over `examples` makes; the last, short batch of an epoch is an update."""
+    if settings.steps is not None:
+        return settings.steps
+    epochs = DEFAULT_EPOCHS if settings.epochs is None else settings.epochs
+    return max(1, round(epochs * math.ceil(examples / settings.batch)))
+
+
+def measured_every(settings: TrainSettings, steps: int) -> int:
+    """Updates between two measurements."""
+    return settings.eval_every or math.ceil(steps / EVALUATIONS)
+
+
+def words(text: str) -> list[str]:
+    """The parts of "a,b"."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def pairs(text: str) -> dict[str, float]:
+    """ "a=1,b=2" as a dict; ValueError if it is not of that form."""
+    found = {}
+    for part in words(text):
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise ValueError(part)
+        found[key.strip()] = float(value)
+    return found

@@ -1,0 +1,203 @@
+"""What stands before the first update: the adapter on the model, the settings resolved, the facts to print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import nn
+
+from lorica import __version__, evaluate, patch
+from lorica.adapter import Adapter
+from lorica.data import marked
+from lorica.errors import LoricaError, all_faults
+from lorica.lowrank import LoRA
+from lorica.targets import Target, resolve
+from lorica.train import guards
+from lorica.train.examples import Prepared, prepare
+from lorica.train.settings import (
+    DEFAULT_EPOCHS,
+    METHOD_FIELDS,
+    TrainSettings,
+    default_lr,
+    measured_every,
+    number_of_steps,
+    pairs,
+    words,
+)
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def ready(model: nn.Module, tok: Any, data: Any, settings: TrainSettings) -> tuple[Prepared, TrainSettings]:
+    """Check the settings, encode the data, equip the model: everything that can be wrong, before anything is written.
+
+    Returns the examples and the settings with every rule applied.
+    """
+    if faults := settings.check():
+        raise all_faults("these settings cannot be used:", faults)
+    prepared = prepare(data, tok, settings)
+    guards.labelled(prepared.train, "training")
+    guards.labelled(prepared.held, "held-out")
+    equip(model, settings)
+    guards.something(patch.trainable(model))
+    return prepared, resolved(model, settings, prepared)
+
+
+def preview(model: nn.Module, tok: Any, data: Any, settings: TrainSettings) -> dict[str, Any]:
+    """The `facts` of a training that is not made. The model gets the adapter that would be trained."""
+    prepared, settings = ready(model, tok, data, settings)
+    return facts(model, tok, prepared, settings)
+
+
+def equip(model: nn.Module, settings: TrainSettings) -> None:
+    """Put the settings' method on a model without an adapter; on one with an adapter, check that they do not differ."""
+    if not patch.adapters(model):
+        set_seed(settings.seed)
+        patch.inject(model, _method(settings), settings.targets)
+        return
+    if patch.state_of(model).merged:  # type: ignore[union-attr]
+        raise LoricaError(f"the adapter {patch.active(model)!r} is merged; unmerge the model to train it")
+    there, default = _settings_of(model, settings), TrainSettings()
+    faults = [
+        f"{name} is {getattr(settings, name)!r}, on the model {there[name]!r}"
+        for name in METHOD_FIELDS
+        if getattr(settings, name) not in (getattr(default, name), there[name])
+    ]
+    if faults:
+        raise all_faults("the model has an adapter already, and the settings are of another one:", faults)
+
+
+def resolved(model: nn.Module, settings: TrainSettings, data: Prepared) -> TrainSettings:
+    """The settings with every rule applied: rate, length, measurements, format, and the method that is on the model."""
+    found: dict[str, Any] = _settings_of(model, settings)
+    if settings.lr is None:
+        if (width := _width(model)) is None:
+            raise LoricaError("this model's config names no hidden_size, from which lr would follow: give an lr")
+        found["lr"] = default_lr(width)
+    if settings.steps is None and settings.epochs is None:
+        found["epochs"] = DEFAULT_EPOCHS
+    steps = number_of_steps(settings, len(data.train))
+    found["eval_every"] = measured_every(settings, steps)
+    found["dtype"] = DTYPES.get(_dtype(model), "auto")
+    return dataclasses.replace(settings, **found)
+
+
+def about(model: nn.Module, tok: Any) -> dict[str, str]:
+    """What an adapter says of itself: the chat template and stop tokens it was trained with, and by what."""
+    stops = [tok.decode([token]) for token in evaluate.stop_ids(model, tok)]
+    said = {"chat_template": tok.chat_template or "", "stop_tokens": json.dumps(stops), "lorica": __version__}
+    return {key: text for key, text in said.items() if text}
+
+
+def facts(model: nn.Module, tok: Any, data: Prepared, settings: TrainSettings) -> dict[str, Any]:
+    """What is about to happen, for the header, the log and the card. `settings` are resolved."""
+    installed, count = patch.installed(model), patch.count(model)
+    steps = number_of_steps(settings, len(data.train))
+    first = data.train[0]
+    parameters = patch.trainable(model).values()
+    return {
+        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,  # type: ignore[union-attr]
+        "parameters": count.total,
+        "dtype": settings.dtype,
+        "device": str(next(model.parameters()).device),
+        "method": settings.method,
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "scale": installed.method.scale_of(""),
+        "targets": settings.targets,
+        "layers": len(installed.targets),
+        "trainable": count.trainable,
+        "share": count.share,
+        "adapter_bytes": 4 * sum(parameter.numel() for parameter in parameters),
+        "data": data.source,
+        "train": len(data.train),
+        "held_out": len(data.held),
+        "held_out_all": data.held_all,
+        "notes": data.notes,
+        "steps": steps,
+        "epochs": round(steps / math.ceil(len(data.train) / settings.batch), 2),
+        "batch": settings.batch,
+        "lr": settings.lr,
+        "lr_from": _lr_from(model, settings),
+        "schedule": settings.schedule,
+        "eval_every": settings.eval_every,
+        "seed": settings.seed,
+        "example": {"where": first.where, "runs": marked(first, tok)},
+    }
+
+
+def _method(settings: TrainSettings) -> LoRA:
+    return LoRA(
+        r=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        scaling=settings.scaling,
+        init=settings.init,
+        bias=settings.bias,
+        ranks={key: int(value) for key, value in pairs(settings.ranks).items()},
+        alphas=pairs(settings.alphas),
+        modules_to_save=words(settings.modules_to_save),
+        token_rows=[int(part) for part in words(settings.token_rows)],
+        tied=settings.tied,
+    )
+
+
+def _settings_of(model: nn.Module, settings: TrainSettings) -> dict[str, Any]:
+    """The adapter on a model as settings that would make it again; its targets as in `settings` where these fit."""
+    installed = patch.installed(model)
+    method: LoRA = installed.method
+    targets = settings.targets
+    if not _fit(model, targets, installed.targets):
+        short = ",".join(json.loads(Adapter.of(model).meta["target_modules"]))
+        targets = short if _fit(model, short, installed.targets) else ",".join(map(str, installed.targets))
+    return {
+        "method": "lora",
+        "rank": method.r,
+        "alpha": method.alpha,
+        "dropout": method.dropout,
+        "targets": targets,
+        "scaling": method.scaling,
+        "init": method.init,
+        "bias": method.bias,
+        "ranks": _pairs(method.ranks),
+        "alphas": _pairs(method.alphas),
+        "modules_to_save": ",".join(method.modules_to_save),
+        "token_rows": ",".join(map(str, method.token_rows)),
+        "tied": method.tied,
+    }
+
+
+def _fit(model: nn.Module, targets: str, installed: Sequence[Target]) -> bool:
+    """Whether a specification means the targets that are on the model."""
+    try:
+        return set(resolve(model, targets)) == set(installed)
+    except LoricaError:
+        return False
+
+
+def _pairs(values: Any) -> str:
+    return ",".join(f"{key}={value:g}" for key, value in values.items())
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The format of most of the base."""
+    sizes: dict[torch.dtype, int] = {}
+    for _, parameter in patch.base_parameters(model):
+        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=sizes.__getitem__)
+
+
+def _lr_from(model: nn.Module, settings: TrainSettings) -> str:
+    width = _width(model)
+    return f"5e-4 (2000 / {width:,})^0.775" if width and settings.lr == default_lr(width) else "as given"
+
+
+def _width(model: nn.Module) -> int | None:
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    return getattr(config, "hidden_size", None) or getattr(config, "d_model", None)

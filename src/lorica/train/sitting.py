@@ -1,0 +1,222 @@
+"""One sitting of a run: begin or continue, update, measure, save, until the end or until someone asks to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lorica import __version__, evaluate, patch
+from lorica.adapter import Adapter
+from lorica.data import Sampler
+from lorica.errors import all_faults
+from lorica.train import folder, guards, state
+from lorica.train.examples import Prepared, question_and_answer
+from lorica.train.loop import Update, updates
+from lorica.train.memory import peak_bytes
+from lorica.train.optimizer import Optimizer
+from lorica.train.settings import TrainSettings, number_of_steps
+from lorica.train.setup import about, facts
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass
+class Stop:
+    """Whether someone asked to stop."""
+
+    wanted: bool = False
+
+
+@dataclass
+class Sitting:
+    """The parts of a run, and where it stands. `settings` are resolved, `start` names the adapter it began from."""
+
+    model: nn.Module
+    tok: Any
+    data: Prepared
+    settings: TrainSettings
+    path: Path
+    accelerator: Accelerator
+    start: str
+    report: Report
+    here: state.State = field(default_factory=state.State)
+    logs: dict[str, folder.Log] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.settings.eval_every is not None, "settings are resolved before a sitting"
+        self.every = self.settings.eval_every
+        self.steps = number_of_steps(self.settings, len(self.data.train))
+        self.main = self.accelerator.is_main_process
+        self.device = next(self.model.parameters()).device
+        self.meta = about(self.model, self.tok)
+        self.wrapped = self.accelerator.prepare_model(self.model)
+        # Looked up after the model was prepared: sharding replaces parameters.
+        self.parameters = patch.trainable(self.model)
+        self.optimizer = Optimizer(self.parameters, self.settings)
+        self.sampler = Sampler(len(self.data.train), self.settings.batch, self.settings.seed)
+        self.began = self.saved = time.monotonic()
+
+    def go(self, stop: Stop, resuming: bool) -> bool:
+        """Train; False if stopped before the end on request, with everything saved."""
+        saved = state.read(self.path) if resuming else None
+        if saved is None:
+            self._begin()
+        else:
+            self._continue(*saved)
+        watch = guards.Gradients(self.parameters)
+        try:
+            for update in self._updates():
+                watch.check(last=update.step == self.steps)
+                self._note(update)
+                wanted, due = self._agree(stop.wanted, time.monotonic() - self.saved >= self.settings.save_every)
+                measured = update.step % self.every == 0 or update.step == self.steps
+                better = self._measure() if measured else False
+                if measured or due or wanted:
+                    self._save(better)
+                if self._stale():
+                    break
+                if wanted and update.step < self.steps:
+                    return False
+        except guards.NotFinite:
+            self.save_adapter("last")
+            raise
+        return True
+
+    def facts(self) -> dict[str, Any]:
+        """See `setup.facts`."""
+        return facts(self.model, self.tok, self.data, self.settings)
+
+    def log(self, name: str, event: Mapping[str, Any]) -> None:
+        """Add an event to a log and pass it on; the main process only."""
+        if self.main:
+            self.logs[name].add(event)
+            self.report(event)
+
+    def save_adapter(self, name: str) -> None:
+        """Write the weights as they are to best/ or last/."""
+        if self.main and self.here.step:
+            Adapter.of(self.model, meta=self.meta).save(self.path / name)
+
+    def elapsed(self) -> float:
+        """Seconds of all sittings so far."""
+        return round(time.monotonic() - self.began, 3)
+
+    def close(self) -> None:
+        """Close the logs and free the gradients."""
+        for log in self.logs.values():
+            log.close()
+        self.optimizer.clear()
+
+    def _begin(self) -> None:
+        self.here.data, self.here.base = self.data.fingerprint(), patch.fingerprint(self.model)
+        fixed = {"data_sha256": self.here.data, "base_fingerprint": self.here.base, "lorica": __version__}
+        known = self.facts()
+        name = getattr(self.model.config, "_name_or_path", "")  # type: ignore[union-attr]
+        origin = {"model": name, "data": self.data.source, "from": self.start}
+        if self.main:
+            named = {key: text for key, text in origin.items() if text}
+            folder.write_settings(self.path, named | self.settings.values(), fixed)
+            self._open({})
+        self.log(folder.METRICS, {"kind": "start", "run": str(self.path), "first": 0} | known | fixed)
+        self._measure()
+        self._save(better=False)
+
+    def _continue(self, saved: state.State, tensors: Mapping[str, Tensor]) -> None:
+        now = {"data": self.data.fingerprint(), "base": patch.fingerprint(self.model)}
+        words = {"data": "the examples (rows, chat template or max_len)", "base": "the weights of the base model"}
+        if faults := [f"{words[key]} changed" for key in now if now[key] != getattr(saved, key)]:
+            raise all_faults(f"{self.path} cannot be continued:", [*faults, "bring them back, or start a new run"])
+        self.here = saved
+        self.optimizer.restore(tensors)
+        self.sampler.restore(saved.sampler)
+        self.began -= saved.seconds
+        if self.main:
+            self._open(saved.logs)
+            self.report({"kind": "start", "run": str(self.path), "first": saved.step} | self.facts())
+        # A crash may have come between the state and the adapters that belong to it.
+        self._save_adapters(better=saved.best_step == saved.step)
+
+    def _open(self, lengths: Mapping[str, int]) -> None:
+        for name in (folder.METRICS, folder.SAMPLES):
+            self.logs[name] = folder.Log(self.path / name, lengths.get(name, 0))
+
+    def _updates(self) -> Iterator[Update]:
+        if self._stale():
+            return iter(())
+        pads = (self.tok.pad_token_id, self.tok.eos_token_id, 0)
+        return updates(
+            self.wrapped,
+            self.optimizer,
+            self.data.train,
+            self.sampler,
+            self.settings,
+            accelerator=self.accelerator,
+            first=self.here.step + 1,
+            steps=self.steps,
+            pad_id=next(token for token in pads if token is not None),
+        )
+
+    def _note(self, update: Update) -> None:
+        self.here.step = update.step
+        self.here.tokens += update.tokens
+        now = {"elapsed": self.elapsed(), "memory": peak_bytes(self.device)}
+        self.log(folder.METRICS, {"kind": "step"} | dataclasses.asdict(update) | now)
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Each flag that is set in any process, so that all of them stop, or save, after the same update."""
+        if self.accelerator.num_processes == 1:
+            return list(flags)
+        found = self.accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=self.device), "sum")
+        return [bool(flag) for flag in found]
+
+    def _measure(self) -> bool:
+        """Held-out loss and samples; returns whether it is the best so far. Step zero, the base, does not compete."""
+        here = self.here
+        if not self.data.held:
+            return False
+        loss = evaluate.loss(self.model, self.data.held).loss
+        better = here.step > 0 and (here.best is None or math.isnan(here.best) or loss < here.best)
+        if here.step == 0:
+            here.before = loss
+        elif better:
+            here.best, here.best_step, here.stale = loss, here.step, 0
+        else:
+            here.stale += 1
+        event = {"kind": "eval", "step": here.step, "held_out": loss, "best": better, "elapsed": self.elapsed()}
+        self.log(folder.METRICS, event)
+        self._sample()
+        return better
+
+    def _sample(self) -> None:
+        asked = [question_and_answer(example) for example in self.data.held[: self.settings.sample]]
+        if not asked:
+            return
+        texts = evaluate.generate(self.model, self.tok, [ids for ids, _ in asked], max_new=self.settings.sample_len)
+        for (ids, answer), text in zip(asked, texts, strict=True):
+            prompt, reference = (self.tok.decode(part, skip_special_tokens=True) for part in (ids, answer))
+            found = {"prompt": prompt, "reference": reference, "text": text}
+            self.log(folder.SAMPLES, {"kind": "sample", "step": self.here.step} | found)
+
+    def _stale(self) -> bool:
+        return bool(self.settings.early_stop) and self.here.stale >= self.settings.early_stop
+
+    def _save(self, better: bool) -> None:
+        self.here.sampler, self.here.seconds = self.sampler.state(), self.elapsed()
+        self.saved = time.monotonic()
+        if self.main:
+            self.here.logs = {name: log.length() for name, log in self.logs.items()}
+            state.write(self.path, self.here, self.optimizer.state())
+        self._save_adapters(better)
+
+    def _save_adapters(self, better: bool) -> None:
+        for name in ("best", "last") if better else ("last",):
+            self.save_adapter(name)
