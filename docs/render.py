@@ -21,7 +21,8 @@ def main() -> int:
             print(done.stdout)
             return done.returncode
         shutil.copy(Path(folder, "runs/quickstart/curve.png"), HERE / "quickstart.png")
-    block = f"<!-- quickstart -->\n```text\n$ lorica quickstart -o runs/quickstart\n{done.stdout.rstrip()}\n```\n<!-- /quickstart -->"
+    shown = f"```text\n$ lorica quickstart -o runs/quickstart\n{done.stdout.rstrip()}\n```"
+    block = f"<!-- quickstart -->\n{shown}\n<!-- /quickstart -->"
     text = README.read_text()
     README.write_text(re.sub("<!-- quickstart -->.*<!-- /quickstart -->", lambda _: block, text, flags=re.DOTALL))
     print(done.stdout)

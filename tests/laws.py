@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tiny import logits, stir
 from torch import Tensor, nn
 
 import lorica
 from lorica import Adapter
+from tiny import logits, stir
 
 Make = Callable[[], nn.Module]
 

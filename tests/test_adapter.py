@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
-from laws import close
 from safetensors.torch import load_file, save_file
-from tiny import gpt2, inputs, llama, logits, stir
 
 import lorica
+from laws import close
 from lorica import Adapter, LoRA, LoricaError
+from tiny import gpt2, inputs, llama, logits, stir
 
 
 def trained(make, method, targets):

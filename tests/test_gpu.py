@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import laws
 import pytest
 import torch
+
+import laws
 from test_laws import CASES, case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import laws
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import MODELS, gpt2, llama
 
+import laws
 from lorica import LoRA
+from tiny import MODELS, gpt2, llama
 
 CASES = {
     "llama all-linear": ("llama", LoRA(r=4, alpha=8), "all-linear"),
@@ -64,7 +64,9 @@ def test_save_and_load_are_inverse(name, tmp_path):
     assert laws.save_and_load_are_inverse(*case(name), tmp_path / "adapter") is None
 
 
-@pytest.mark.parametrize("name", ["llama all-linear", "llama rows", "gpt2 paper", "gemma embedding", "gpt2 slice and whole"])
+@pytest.mark.parametrize(
+    "name", ["llama all-linear", "llama rows", "gpt2 paper", "gemma embedding", "gpt2 slice and whole"]
+)
 @pytest.mark.parametrize(
     "law",
     [laws.step_zero_is_the_base, laws.inject_and_eject_are_inverse, laws.merge_and_unmerge_are_inverse],
@@ -88,4 +90,3 @@ def test_laws_hold_at_any_rank_scale_and_choice_of_targets(make, r, alpha, scali
     laws.step_zero_is_the_base(make, method, spec)
     laws.merge_and_unmerge_are_inverse(make, method, spec)
     laws.save_and_load_are_inverse(make, method, spec, tmp_path_factory.mktemp("adapter") / "a")
-

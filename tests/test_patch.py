@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from laws import close
-from tiny import MODELS, bert, gpt2, inputs, llama, logits, stir, t5
 from torch import nn
 
 import lorica
+from laws import close
 from lorica import LoRA, LoricaError
+from tiny import MODELS, bert, gpt2, inputs, llama, logits, stir, t5
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert"])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tiny import bert, gpt2, llama, phi3, t5
 from torch import nn
 
 import lorica
 from lorica import LoRA, LoricaError
 from lorica.targets import PRESETS, resolve
+from tiny import bert, gpt2, llama, phi3, t5
 
 
 def paths(model, spec):
@@ -130,6 +130,8 @@ def test_layers_that_are_never_called_are_refused_with_the_reason():
 def test_interleaved_projections_are_refused_as_slices():
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    config = GPTNeoXConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    config = GPTNeoXConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
     with pytest.raises(LoricaError, match="query_key_value.*interleaved"):
         resolve(GPTNeoXForCausalLM(config), "paper")

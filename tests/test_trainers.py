@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import inputs, llama, logits
 
 import lorica
 from lorica import LoRA
+from tiny import inputs, llama, logits
 
 
 def rows(count: int) -> list[dict[str, list[int]]]:

@@ -1,4 +1,4 @@
-"""Tiny random models of the families whose layers differ: separate and fused projections, Conv1D, tied and untied heads."""
+"""Tiny random models of families whose layers differ: separate and fused projections, Conv1D, tied heads."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Adapter:
         """Write it in PEFT's layout, atomically; `dtype` is `fp32`, or `bf16` or `fp16` to halve the file."""
         if silent := self.silent():
             warnings.warn(
-                f"{len(silent)} of {len(self.targets)} patches change nothing yet, a factor is all zero: {silent[0]} ...",
+                f"{len(silent)} of {len(self.targets)} patches change nothing yet (a zero factor): {silent[0]} ...",
                 stacklevel=2,
             )
         peft.write(Path(folder), Contents(self.method, self.targets, self.tensors, self.meta), dtype)

@@ -48,7 +48,7 @@ class Measured:
 
 
 def quickstart(
-    settings: TrainSettings, *, rows: int = 100, out: str | None = None, tell: Tell, report: Callable[[Any], None] | None
+    settings: TrainSettings, *, rows: int = 60, out: str | None = None, tell: Tell, report: Callable[[Any], None] | None
 ) -> dict[str, Any]:
     """Run it all; returns what the command prints.
 
@@ -99,14 +99,12 @@ def quickstart(
     }
 
 
-def measure(
-    model: Any, tok: Any, rows: Sequence[Record], asked: Sequence[Record], what: str, tell: Tell
-) -> Measured:
+def measure(model: Any, tok: Any, rows: Sequence[Record], asked: Sequence[Record], what: str, tell: Tell) -> Measured:
     """Loss of the right answers to `asked`, and how many of the model's own `rows` accept."""
     loss = evaluate.loss(model, data.encode(asked, tok).examples).loss
     prompts = [data.prompt_ids(row, tok)[0] for row in asked]
     answers = evaluate.generate(
-        model, tok, prompts, max_new=MAX_NEW, batch=25, progress=lambda done, total: tell(what, done, total)
+        model, tok, prompts, max_new=MAX_NEW, batch=30, progress=lambda done, total: tell(what, done, total)
     )
     solved = sum(map(bfcl.correct, rows, answers))
     low, high = evaluate.wilson(solved, len(rows))
@@ -119,7 +117,9 @@ def _merging(model: Any, tok: Any, rows: Sequence[Record]) -> dict[str, Any]:
     prompts = [data.prompt_ids(row, tok)[0] for row in rows[:10]]
     shortest = min(map(len, prompts))
     digest = _digest(model)
-    report = lorica.merge(model, check={"input_ids": torch.tensor([ids[:shortest] for ids in prompts], device=model.device)})
+    report = lorica.merge(
+        model, check={"input_ids": torch.tensor([ids[:shortest] for ids in prompts], device=model.device)}
+    )
     return {
         "digest": digest,
         "max_logit_diff_merged": report.max_logit_diff,

@@ -68,7 +68,7 @@ class _Patched:
     """What the run-time subclass adds to a layer's class."""
 
     def forward(self, *args, **kwargs):
-        call = super().forward
+        call = super().forward  # type: ignore[misc]
         for patch in getattr(self, CHILD).parts():
             call = functools.partial(patch, self, call)
         return call(*args, **kwargs)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from lorica.cli.main import main
 
 from lorica import models
 from lorica.cli import doctor
+from lorica.cli.main import main
 from lorica.models import examine
 
 REPORT = {

@@ -10,16 +10,18 @@ from lorica.models import machine, resolve_device, resolve_dtype
 
 
 @pytest.mark.parametrize(
-    "found, native",
+    "found, pays, native",
     [
-        ({"avx512_bf16": True, "amx_bf16": False}, True),
-        ({"avx512_bf16": False, "amx_bf16": True}, True),
-        ({"avx512_f": True, "avx512_bf16": False}, False),
-        ({}, False),
+        ({"avx512_bf16": True, "amx_bf16": False}, True, True),
+        ({"avx512_bf16": True, "amx_bf16": False}, False, False),
+        ({"avx512_bf16": False, "amx_bf16": True}, False, True),
+        ({"avx512_f": True, "avx512_bf16": False}, True, False),
+        ({}, True, False),
     ],
 )
-def test_auto_is_bf16_only_where_the_cpu_has_the_instructions(monkeypatch, found, native):
+def test_auto_is_bf16_only_where_the_cpu_has_the_instructions_and_they_pay(monkeypatch, found, pays, native):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setattr(machine, "_bf16_pays", lambda: pays)
     assert resolve_dtype("auto", "cpu") == (torch.bfloat16 if native else torch.float32)
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
 from lorica.cli.parse import Common
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ class Settings(Common):
 def run(settings: Settings) -> int | dict[str, Any]:
     """Print the report; 1 where the small run failed."""
     from lorica.cli.terminal import say
-
     from lorica.models.examine import examine, selftest
 
     report = examine(settings.device)

@@ -75,17 +75,17 @@ def _run(verb: str, argv: list[str]) -> int:
     module = importlib.import_module(f"lorica.cli.{verb}")
     try:
         settings, sources = parse.parse(module.Settings, argv, f"lorica {verb}")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            if settings.dry_run:
+                _show_sources(settings, sources)
+                if hasattr(module, "plan"):
+                    module.plan(settings)
+                return 0
+            result: Any = module.run(settings)
     except parse.WrongUse as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        if settings.dry_run:
-            _show_sources(settings, sources)
-            if hasattr(module, "plan"):
-                module.plan(settings)
-            return 0
-        result: Any = module.run(settings)
     if isinstance(result, dict):
         if settings.json:
             import json

@@ -104,7 +104,8 @@ def parse(settings: type[S], argv: Sequence[str], prog: str) -> tuple[S, dict[st
 def _fields(settings: type) -> Iterator[_Field]:
     hints = typing.get_type_hints(settings, include_extras=True)
     for field in dataclasses.fields(settings):
-        hint, marks = hints[field.name], ()
+        hint: Any = hints[field.name]
+        marks: tuple[Any, ...] = ()
         while typing.get_origin(hint) is Annotated:
             hint, *more = typing.get_args(hint)
             marks = (*marks, *more)
@@ -131,7 +132,12 @@ def _from_flags(fields: list[_Field], argv: list[str], faults: list[str]) -> dic
         name, equals, text = word.partition("=")
         name = name if not name.startswith("--") else name.replace("_", "-")
         field = by_flag.get(name)
-        if field is None and name.startswith("--no-") and (field := by_flag.get(f"--{name[5:]}")) and field.type is bool:
+        if (
+            field is None
+            and name.startswith("--no-")
+            and (field := by_flag.get(f"--{name[5:]}"))
+            and field.type is bool
+        ):
             values[field.name] = False
         elif field is None:
             faults.append(f"unknown flag {name}{_near(name, by_flag)}")
@@ -212,7 +218,7 @@ def typed(hint: Any, value: Any) -> Any:
             raise ValueError(f"it must be {', '.join(map(str, inside))}{nearest(str(value), map(str, inside))}")
         return value
     if origin is tuple:
-        parts = [part for text in ([value] if isinstance(value, str) else value) for part in _split(text)]
+        parts = [part for text in (value if isinstance(value, list | tuple) else [value]) for part in _split(text)]
         if inside[-1] is not Ellipsis and len(parts) != len(inside):
             raise ValueError(f"it must be {len(inside)} values")
         return tuple(typed(inside[0], part) for part in parts)

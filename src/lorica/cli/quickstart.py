@@ -12,9 +12,9 @@ from lorica.cli.parse import Common
 class Settings(Common):
     """Fine-tune SmolLM2-135M to write function calls, and see what changed."""
 
-    steps: int = 50
+    steps: int = 40
     """Updates of 8 examples."""
-    rows: int = 100
+    rows: int = 60
     """Test rows that are answered by each model."""
     rank: int = 8
     """Rank of the update, r in the paper."""
@@ -38,6 +38,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
         alpha=2.0 * settings.rank,
         steps=settings.steps,
         eval_every=max(1, settings.steps // 2),
+        eval_rows=24,
         sample=0,
         seed=settings.seed,
         dtype=settings.dtype,
@@ -60,7 +61,8 @@ def _say(result: dict[str, Any]) -> None:
 
     share = 100 * result["share"]
     say(f"model      {result['model']}, {result['dtype']}")
-    say(f"trained    {result['trainable']:,} of {result['total']:,} parameters ({share:.2f} %), {result['train_rows']} rows")
+    counts = f"{result['trainable']:,} of {result['total']:,} parameters ({share:.2f} %)"
+    say(f"trained    {counts}, {result['train_rows']} rows")
     say(f"adapter    {size(result['adapter_bytes'])}, the model {size(result['model_bytes'])}")
     say()
     kinds = {"base": "before", "base, two examples in the prompt": "few_shot", "tuned": "after"}
@@ -77,7 +79,8 @@ def _say(result: dict[str, Any]) -> None:
     exact = "every weight as before, to the bit" if result["unmerge_exact"] else "THE WEIGHTS DIFFER"
     say(f"unmerged   {exact} (keeping them took {size(result['kept_bytes'])})")
     say(f"switch     {result['switch_ms']:.1f} ms to take the adapter off or put it on")
-    say(f"took       {result['seconds']:.0f} s, {result['train_seconds']:.0f} s of it training; peak {size(result['peak_rss_bytes'])}")
+    peak = size(result["peak_rss_bytes"])
+    say(f"took       {result['seconds']:.0f} s, {result['train_seconds']:.0f} s of it training; peak {peak}")
     say(f"run        {result['run']}   (curve.png, README.md, best/)")
     say(f"note       {result['note']}")
     for place, command in enumerate(result["next"]):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -21,7 +21,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns of results on stdout: the first to the left, numbers to the right."""
     widths = [max(len(str(row[place])) for row in [head, *rows]) for place in range(len(head))]
     for row in [head, *rows]:
-        cells = [f"{cell:<{width}}" if not place else f"{cell:>{width}}" for place, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            f"{cell:<{width}}" if not place else f"{cell:>{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         say("  ".join(cells).rstrip())
 
 
@@ -41,9 +44,14 @@ def progress(quiet: bool = False) -> Iterator[Callable[[str, float, float], None
 
         yield line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def bar(what: str, done: float, total: float) -> None:
             for other, task in tasks.items():

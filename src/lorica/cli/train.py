@@ -38,11 +38,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
     from lorica.cli.terminal import console
     from lorica.train import Interrupted, train
 
-    try:
-        job = _job(settings)
-    except WrongUse as fault:
-        console.print(f"error: {fault}", markup=False)
-        return 2
+    job = _job(settings)
     model, tok = _loaded(job)
     try:
         with _reporting(settings) as report:

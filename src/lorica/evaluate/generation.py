@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
+import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import GenerationConfig
+from transformers.generation import BaseStreamer
 
-# Names under which templates close a turn; a model that was tuned through one must stop there.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>")
+from lorica.data import Record, encode
+from lorica.errors import LoricaError
+from lorica.evaluate.causal import evaluating, require
 
 
 def stop_ids(model: Any, tok: Any) -> list[int]:
-    """Ids that end an answer: the model's, the tokenizer's, and the ends of turn that the chat template writes."""
+    """Ids that end an answer: the model's, the tokenizer's, and the one with which the chat template closes a turn."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = {own} if isinstance(own, int) else set(own or ())
-    found.add(tok.eos_token_id)
-    template = tok.chat_template if isinstance(tok.chat_template, str) else json.dumps(tok.chat_template or "")
-    vocabulary = tok.get_vocab()
-    found |= {vocabulary[word] for word in _TURN_ENDS if word in template and word in vocabulary}
-    return sorted(token for token in found if token is not None)
+    return sorted(token for token in {*found, tok.eos_token_id, _turn_end(tok)} if token is not None)
 
 
 @torch.no_grad()
@@ -41,49 +40,59 @@ def generate(
     """Continue each prompt (token ids) until a stop token or `max_new` tokens; texts in the order of the prompts.
 
     Prompts of like length go together, padded on the left. `temperature` 0 takes the likeliest token; above, tokens are
-    sampled, the same ones for the same seed and batch. Special tokens are left out of the texts.
+    sampled, the same ones for the same seed and batch. Special tokens are left out of the texts. An answer ends where
+    the model's positions do; LoricaError for prompts that leave none. The model's mode is left as it was.
     """
+    require(model)
+    pad = _pad(model, tok)
+    prompts = [ids or [pad] for ids in prompts]
+    rooms = _rooms(model, prompts, max_new)
     answers = [""] * len(prompts)
     done = 0
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    with _ready(model, _config(model, tok, max_new, temperature), seed):
-        for start in range(0, len(order), batch):
-            places = order[start : start + batch]
-            inputs = _left_padded([prompts[place] for place in places], _pad(model, tok), model.device)
-            ids = model.generate(**inputs)
-            for place, row in zip(places, ids[:, inputs["input_ids"].shape[1] :], strict=True):
-                answers[place] = tok.decode(row, skip_special_tokens=True)
-            done += len(places)
-            if progress:
-                progress(done, len(prompts))
+    with _ready(model, seed) as device:
+        # A prompt near the model's last position shortens its own answer only: it shares no batch with one that is not.
+        order = sorted(range(len(prompts)), key=lambda place: (-rooms[place], len(prompts[place])))
+        for room, alike in itertools.groupby(order, key=rooms.__getitem__):
+            model.generation_config = _config(model, tok, room, temperature)
+            for places in _cut(list(alike), batch):
+                inputs = _left_padded([prompts[place] for place in places], pad, device)
+                ids = model.generate(**inputs)
+                for place, row in zip(places, ids[:, inputs["input_ids"].shape[1] :], strict=True):
+                    answers[place] = _text(tok, row)
+                done += len(places)
+                if progress:
+                    progress(done, len(prompts))
     return answers
 
 
 def stream(
     model: Any, tok: Any, ids: list[int], *, max_new: int = 512, temperature: float = 0.0, seed: int = 0
 ) -> Iterator[str]:
-    """Continue one prompt and yield its text in pieces as it comes; they join to the whole answer.
+    """Continue one prompt and yield its text in pieces as it comes; they join to the answer that `generate` gives.
 
-    Generation runs in a thread. Closing the iterator early ends it after the token at hand.
+    A piece never ends inside a character. Generation runs in a thread; closing the iterator early ends it after the
+    token at hand.
     """
-    streamer = TextIteratorStreamer(tok, skip_prompt=True, skip_special_tokens=True)
-    stopped = threading.Event()
-    failed: list[BaseException] = []
+    require(model)
+    ids = ids or [_pad(model, tok)]
+    (room,) = _rooms(model, [ids], max_new)
+    tokens, stopped, failed = _Tokens(), threading.Event(), list[BaseException]()
 
     def work() -> None:
         try:
-            with torch.no_grad(), _ready(model, _config(model, tok, max_new, temperature), seed):
-                inputs = _left_padded([ids], _pad(model, tok), model.device)
+            with torch.no_grad(), _ready(model, seed) as device:
+                model.generation_config = _config(model, tok, room, temperature)
+                inputs = _left_padded([ids], _pad(model, tok), device)
                 rules = [lambda ids, scores: torch.full(ids.shape[:1], stopped.is_set(), device=ids.device)]
-                model.generate(**inputs, streamer=streamer, stopping_criteria=rules)
+                model.generate(**inputs, streamer=tokens, stopping_criteria=rules)
         except BaseException as fault:
             failed.append(fault)
-            streamer.end()
+            tokens.end()
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
-        yield from (piece for piece in streamer if piece)
+        yield from _pieces(tokens, tok)
     finally:
         stopped.set()
         thread.join()
@@ -91,32 +100,98 @@ def stream(
         raise failed[0]
 
 
+class _Tokens(BaseStreamer):
+    """What generate() hands out one by one, without the prompt, as an iterator for another thread."""
+
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self.begun = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt first, then one token at a time."""
+        if self.begun:
+            self.queue.put(int(value))
+        self.begun = True
+
+    def end(self) -> None:
+        """No more will come."""
+        self.queue.put(None)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.queue.get, None)
+
+
+def _pieces(tokens: Iterable[int], tok: Any) -> Iterator[str]:
+    """Text as its tokens come. All of it is decoded each time: a token's text depends on those before it."""
+    ids: list[int] = []
+    text = shown = ""
+    for token in tokens:
+        ids.append(token)
+        text = _text(tok, ids)
+        # A replacement character at the end is a character of which some bytes are still to come.
+        if text != shown and not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    if text != shown:
+        yield text[len(shown) :]
+
+
+def _text(tok: Any, ids: Any) -> str:
+    return tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 @contextlib.contextmanager
-def _ready(model: Any, config: GenerationConfig, seed: int) -> Iterator[None]:
-    """Evaluation mode, a random state of its own, and `config` alone, for the length of a block."""
-    training, recommended = model.training, model.generation_config
-    # generate() fills what a config leaves open from the model's own: a recommended penalty would creep into a greedy
-    # answer.
-    model.eval().generation_config = config
+def _ready(model: Any, seed: int) -> Iterator[torch.device]:
+    """Evaluation mode and a random state of its own for the length of a block; the model's own config comes back."""
+    recommended = model.generation_config
     try:
-        with torch.random.fork_rng():
+        with evaluating(model) as device, torch.random.fork_rng():
             torch.manual_seed(seed)
-            yield
+            yield device
     finally:
         model.generation_config = recommended
-        model.train(training)
 
 
 def _config(model: Any, tok: Any, max_new: int, temperature: float) -> GenerationConfig:
+    """A whole config: generate() fills what is left open from the model's own, and a recommended penalty would creep
+    into a greedy answer; so this takes the model's place."""
     sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-    own = model.generation_config
-    ends = {"eos_token_id": stop_ids(model, tok), "pad_token_id": _pad(model, tok)}
-    starts = {"bos_token_id": own.bos_token_id, "decoder_start_token_id": own.decoder_start_token_id}
-    return GenerationConfig(max_new_tokens=max_new, **ends, **starts, **sampled)
+    ends = {"eos_token_id": stop_ids(model, tok) or None, "pad_token_id": _pad(model, tok)}
+    return GenerationConfig(max_new_tokens=max_new, **ends, **sampled)
+
+
+def _turn_end(tok: Any) -> int | None:
+    """The special token that closes an answer written through the chat template, if one does."""
+    if not tok.chat_template:
+        return None
+    try:
+        (example, *_) = encode([Record("pair", prompt="a", completion="b")], tok).examples
+    except LoricaError:
+        return None
+    last = example.ids[-1]
+    return last if last in tok.added_tokens_decoder or last in tok.all_special_ids else None
 
 
 def _pad(model: Any, tok: Any) -> int:
     return tok.pad_token_id if tok.pad_token_id is not None else (stop_ids(model, tok) or [0])[0]
+
+
+def _rooms(model: Any, prompts: Sequence[list[int]], max_new: int) -> list[int]:
+    """For each prompt how many tokens its answer may have."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return [max_new] * len(prompts)
+    rooms = [min(max_new, positions - len(ids)) for ids in prompts]
+    if full := [ids for ids, room in zip(prompts, rooms, strict=True) if room < 1]:
+        raise LoricaError(
+            f"{len(full):,} of {len(prompts):,} prompts leave no room for an answer in the model's {positions:,}"
+            f" positions; the longest has {max(map(len, full)):,} tokens"
+        )
+    return rooms
+
+
+def _cut(places: list[int], size: int) -> Iterator[list[int]]:
+    return (places[start : start + size] for start in range(0, len(places), size))
 
 
 def _left_padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:

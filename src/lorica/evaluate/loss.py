@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lorica.data import Example, collate
 from lorica.errors import LoricaError
+from lorica.evaluate.causal import evaluating, require
 from lorica.kernels.labelled import IGNORED, positions, takes_positions
 
 
@@ -30,7 +31,7 @@ class LossResult:
     @property
     def perplexity(self) -> float:
         """``exp(loss)``."""
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 @torch.no_grad()
@@ -49,36 +50,41 @@ def loss(
 
     The model's mode is left as it was.
     """
+    require(model)
     if not examples:
         raise LoricaError("there are no rows to measure the loss on")
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     per_row: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
     done = 0
-    for places in _batches([len(example.ids) for example in examples], batch_tokens):
-        # Padded on the right, where causal attention never looks back from a real token: any id pads.
-        batch = {key: value.to(device) for key, value in collate([examples[i] for i in places], 0).items()}
-        kept = positions(batch["labels"])
-        wanted = batch["labels"][:, kept + 1]
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        if takes_positions(model):
-            logits = model(**inputs, logits_to_keep=kept).logits
-        else:
-            logits = model(**inputs).logits[:, kept]
-        nats = F.cross_entropy(
-            logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
-        ).view_as(wanted)
-        for row, place in enumerate(places):
-            per_row[place] = (nats[row].double().sum().item(), int((wanted[row] != IGNORED).sum()))
-        done += len(places)
-        if progress:
-            progress(done, len(examples))
-    model.train(training)
+    with evaluating(model) as device:
+        for places in _batches([len(example.ids) for example in examples], batch_tokens):
+            # Padded on the right, where causal attention never looks back from a real token: any id pads.
+            batch = {key: value.to(device) for key, value in collate([examples[i] for i in places], 0).items()}
+            sums, counts = _nats(model, batch)
+            for place, total, count in zip(places, sums.tolist(), counts.tolist(), strict=True):
+                per_row[place] = (total, count)
+            done += len(places)
+            if progress:
+                progress(done, len(examples))
     tokens = sum(count for _, count in per_row)
     if not tokens:
         raise LoricaError("no token of these rows is labelled, so there is no loss to measure")
     return LossResult(math.fsum(total for total, _ in per_row) / tokens, tokens, len(examples), per_row)
+
+
+def _nats(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Each row's sum of nats (fp64) and number of labelled tokens; logits are widened at labelled tokens only."""
+    kept = positions(batch["labels"])
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    if takes_positions(model):
+        logits = model(**inputs, logits_to_keep=kept).logits
+    else:
+        logits = model(**inputs).logits[:, kept]
+    wanted = batch["labels"][:, kept + 1]
+    labelled = wanted != IGNORED
+    nats = F.cross_entropy(logits[labelled].float(), wanted[labelled], reduction="none").cpu().double()
+    counts = labelled.sum(1).cpu()
+    rows = torch.arange(len(counts)).repeat_interleave(counts)
+    return torch.zeros(len(counts), dtype=torch.float64).index_add_(0, rows, nats), counts
 
 
 def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorica.models.builtin import BUILTIN, Builtin
+from lorica.models.checkpoint import quiet
 from lorica.models.loading import load
 from lorica.models.machine import resolve_device, resolve_dtype
 from lorica.models.opening import Description, Opened, describe, load_tokenizer, open_thing
@@ -18,6 +19,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "open_thing",
+    "quiet",
     "resolve_device",
     "resolve_dtype",
 ]

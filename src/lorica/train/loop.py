@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lorica.data import Example, Sampler, collate
 from lorica.kernels.labelled import agrees, narrowed
-from lorica.train.examples import cut, labels_in
+from lorica.train.examples import CPU_MICRO_TOKENS, MICRO_TOKENS, cut, labels_in
 from lorica.train.guards import finite
 from lorica.train.optimizer import Optimizer
 from lorica.train.settings import TrainSettings, rate
@@ -108,7 +108,9 @@ def _backward(
 ) -> float:
     """Accumulate the gradient of one update; returns its loss over all processes."""
     device = next(model.parameters()).device
-    pieces = cut(batch, micro, accelerator.num_processes)[accelerator.process_index :: accelerator.num_processes]
+    fitting = CPU_MICRO_TOKENS if device.type == "cpu" else MICRO_TOKENS
+    pieces = cut(batch, micro, accelerator.num_processes, fitting)
+    pieces = pieces[accelerator.process_index :: accelerator.num_processes]
     total, loss = labels_in(batch), torch.zeros((), device=device)
     for last, piece in zip([False] * (len(pieces) - 1) + [True], pieces, strict=True):
         # A process without rows of its own still takes part in the others' sum, with weight zero.

@@ -72,7 +72,7 @@ class TrainSettings:
     batch: int = 8
     """Examples per update."""
     micro: int | None = None
-    """Examples per forward pass; changes memory and speed, not the result. Default: as many as hold 2,048 tokens."""
+    """Examples per forward pass; changes memory and speed, not the result. Default: 2,048 tokens (CPU: 512)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the rate goes from its peak: linear or cosine to zero, or constant."""
     warmup: float = 0.05

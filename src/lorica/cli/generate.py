@@ -1,0 +1,161 @@
+"""`lorica generate X in.jsonl -o out.jsonl`: answer many rows, in order, and go on where a killed run stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from lorica.cli.eval import trained_with
+from lorica.cli.parse import Common, WrongUse
+
+if TYPE_CHECKING:
+    from lorica.data import Record
+    from lorica.evaluate import Answering
+    from lorica.models import Opened
+
+
+@dataclass(kw_only=True)
+class Settings(Common):
+    """Answer every row of DATA with X. Each row comes back as a line of JSON with the answer added, in order; without
+    -o on stdout. A run that was stopped goes on when the same line is typed again."""
+
+    x: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="X")]
+    """A model, an adapter or a run."""
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    """Rows, as for train, but answers may be missing; or a .txt file with a prompt on each line."""
+    max_new: int = 256
+    """Longest answer in tokens."""
+    batch: int = 16
+    """Prompts answered at once."""
+    temperature: float = 0.0
+    """0 takes the likeliest tokens; above, tokens are drawn."""
+    seed: int = 0
+    """Seed of the drawing."""
+    column: str = "output"
+    """Name of the answers in the rows that come back."""
+    unmerged: bool = False
+    """Leave the adapter beside the weights; by default it is folded into them first, which is faster."""
+    map: str = ""
+    """Columns of a table: prompt=body. Default: as run X was trained, if it is a run."""
+    prompt: str = ""
+    """A template over columns for the prompt: 'Classify: {body}'."""
+    system: str = ""
+    """A system message for rows without one."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the base: auto is bf16 where the device computes it natively, else fp32."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+
+
+def run(settings: Settings) -> int | dict[str, Any]:
+    """Answer what is not answered yet."""
+    from lorica import data, evaluate, models, patch
+    from lorica.cli.terminal import console, progress
+
+    if settings.batch < 1 or settings.max_new < 1 or settings.temperature < 0:
+        raise WrongUse("--batch and --max-new must be 1 or more, --temperature 0 or more")
+    began = time.perf_counter()
+    rows, records = _rows(settings)
+    with progress(settings.quiet or settings.json) as tell:
+        opened = models.open_thing(settings.x, dtype=settings.dtype, device=settings.device, progress=tell)
+        job = evaluate.Answering(
+            rows,
+            [data.prompt_ids(record, opened.tok)[0] for record in records],
+            column=settings.column,
+            max_new=settings.max_new,
+            batch=settings.batch,
+            temperature=settings.temperature,
+            seed=settings.seed,
+        )
+        made = _made(settings, opened, job)
+        if not settings.unmerged and opened.adapter is not None:
+            patch.merge(opened.model, keep=False, check=False)
+
+        def shown(done: int, total: int) -> None:
+            tell("answers", done, total)
+
+        there = 0
+        answered: list[dict[str, Any]] = []
+        if settings.out:
+            there = job.write(opened.model, opened.tok, settings.out, made, shown)
+        else:
+            for lines in job.lines(opened.model, opened.tok, progress=shown):
+                answered += _passed_on(lines, settings.json)
+    seconds = time.perf_counter() - began
+    if settings.json:
+        told = {"rows": len(rows), "answered": len(rows) - there, "seconds": seconds}
+        return told | ({"out": settings.out} if settings.out else {"answers": answered})
+    parts = [f"{len(rows):,} rows"] + [f"{there:,} of them were there already"] * bool(there) + [f"{seconds:.1f} s"]
+    follow = f"next:  lorica eval {settings.x} DATA" if settings.out else "next:  add -o out.jsonl to keep them"
+    if settings.out:
+        parts.insert(0, settings.out)
+    if not settings.quiet:
+        console.print("   ".join(parts), markup=False)
+        console.print(follow, markup=False)
+    return 0
+
+
+def _passed_on(lines: list[str], kept: bool) -> list[dict[str, Any]]:
+    """A chunk on stdout, or as objects where one object is printed at the end."""
+    if kept:
+        return [json.loads(line) for line in lines]
+    print("\n".join(lines), file=sys.stdout, flush=True)
+    return []
+
+
+def _rows(settings: Settings) -> tuple[list[dict[str, Any]], list[Record]]:
+    """The rows as they came, and each as something to answer."""
+    from lorica import data
+    from lorica.data.tables import read_source
+    from lorica.errors import LoricaError
+
+    columns = _columns(settings)
+    path = Path(settings.data).expanduser()
+    if path.suffix.lower() == ".txt" and path.is_file():
+        if columns["map"] or columns["prompt"]:
+            raise LoricaError(f"{path}: lines of text have no columns: leave out --map and --prompt")
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        if not lines:
+            raise LoricaError(f"{path}: has no line of text")
+        system = columns["system"] or ""
+        return [{"prompt": line} for line in lines], [data.Record("pair", prompt=line, system=system) for line in lines]
+    parts, _ = read_source(settings.data)
+    if len(parts) > 1:
+        raise LoricaError(f"{settings.data} has several parts ({', '.join(parts)}): name the file, or the split")
+    records = data.read(settings.data, answers=False, **columns).rows
+    return [row for _, row in parts["train"]], records
+
+
+def _columns(settings: Settings) -> dict[str, str | None]:
+    """How columns become prompts: as the flags say or, if none is given, as run X did."""
+    given = {name: getattr(settings, name) for name in ("map", "prompt", "system")}
+    if not any(given.values()):
+        trained = trained_with(settings.x)
+        given = {name: trained.get(name, "") for name in given}
+        # Rows that wait for their answer have no column of answers.
+        asked = (part for part in given["map"].split(",") if part.split("=")[0].strip() not in ("completion", "output"))
+        given["map"] = ",".join(asked)
+    return {name: value or None for name, value in given.items()}
+
+
+def _made(settings: Settings, opened: Opened, job: Answering) -> dict[str, Any]:
+    """All that the answers depend on."""
+    from lorica import patch
+
+    rows = json.dumps([job.rows, job.prompts], sort_keys=True, default=str).encode()
+    return {
+        "rows_sha256": hashlib.sha256(rows).hexdigest(),
+        "model": opened.base,
+        "model_fingerprint": patch.fingerprint(opened.model),
+        "adapter_sha256": opened.adapter.sha256 if opened.adapter else None,
+        "merged": not settings.unmerged and opened.adapter is not None,
+        "dtype": str(opened.model.dtype).removeprefix("torch."),
+        **{name: getattr(job, name) for name in ("column", "max_new", "temperature", "seed")},
+    }

@@ -1,0 +1,164 @@
+"""What is in a model, an adapter, a run, or a folder of adapters, read from headers where they say enough."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorica import models, patch, targets, weights
+from lorica.adapter import Adapter
+from lorica.errors import LoricaError
+from lorica.formats import peft
+
+# vLLM allocates for one of these ranks, 16 unless told.
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def inspect(thing: str | Path, norms: bool = False) -> dict[str, Any]:
+    """Facts about `thing`; `kind` says what it is: `model`, `adapter`, `run` or `folder`.
+
+    Args:
+        norms: load an adapter's base model too, and compare the size of each update with that of its matrix.
+    """
+    path = Path(thing).expanduser()
+    if str(thing) not in models.BUILTIN and path.is_dir():
+        if (path / "run.toml").is_file():
+            return _run(path, norms)
+        if (path / peft.CONFIG).is_file():
+            return _adapter(path, norms)
+        if not (path / "config.json").is_file() and (found := _adapter_folders(path)):
+            return {"kind": "folder", "path": str(path), "adapters": [_row(folder, path) for folder in found]}
+    return _model(thing)
+
+
+def _model(thing: str | Path) -> dict[str, Any]:
+    model, _ = models.load(thing)
+    about = models.describe(model)
+    layers = targets.candidates(model)
+    return {
+        "kind": "model",
+        "name": about.name,
+        "title": about.title,
+        "class": about.kind,
+        "parameters": about.parameters,
+        "bytes": about.nbytes,
+        "dtype": about.dtype,
+        "layers": targets.names(layers),
+        "slices": sorted({path.rsplit(".", 1)[-1] for path in layers if targets.slices(model, path)}),
+        "fingerprint": patch.fingerprint(model),
+    }
+
+
+def _adapter(folder: Path, norms: bool) -> dict[str, Any]:
+    adapter = Adapter.load(folder)
+    method = adapter.method
+    ranks = sorted({method.rank_of(target.path) for target in adapter.targets})
+    scales = sorted({round(method.scale_of(target.path), 6) for target in adapter.targets})
+    found = {
+        "kind": "adapter",
+        "path": str(folder),
+        "base": adapter.meta.get("base_model", ""),
+        "method": "lora",
+        "ranks": ranks,
+        "alpha": method.alpha,
+        "scales": scales,
+        "targets": targets.names(str(target) for target in adapter.targets),
+        "parameters": sum(tensor.numel() for tensor in adapter.tensors.values()),
+        "file_bytes": (folder / peft.TENSORS).stat().st_size,
+        "beside": sorted(key for key in adapter.tensors if "#" not in key or "#tokens" in key),
+        "dead": adapter.silent(),
+        "sha256": adapter.sha256,
+        "vllm": _vllm(adapter, folder),
+    }
+    return found | ({"norms": _norms(adapter)} if norms else {})
+
+
+def _run(folder: Path, norms: bool) -> dict[str, Any]:
+    import tomllib
+
+    settings = tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))
+    best = next((folder / name for name in ("best", "last") if (folder / name / peft.CONFIG).is_file()), None)
+    end: dict[str, Any] = {}
+    metrics = folder / "metrics.jsonl"
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
+        if '"kind": "end"' in line:
+            end = json.loads(line)
+    kept = ("steps", "planned", "best_step", "before", "after", "seconds", "peak_rss_bytes")
+    return {
+        "kind": "run",
+        "path": str(folder),
+        "finished": bool(end),
+        "settings": {key: value for key, value in settings.items() if not isinstance(value, dict)},
+        "result": {key: end[key] for key in kept if key in end},
+        "adapter": _adapter(best, norms) if best else None,
+    }
+
+
+def _adapter_folders(folder: Path) -> list[Path]:
+    """The adapters below a folder: folders in PEFT's layout, and runs by the best one they hold."""
+    found = [path.parent for path in sorted(folder.glob("*/adapter_config.json"))]
+    return sorted(found + [path.parent for path in folder.glob("*/best/adapter_config.json")])
+
+
+def _row(folder: Path, root: Path) -> dict[str, Any]:
+    name = str(folder.relative_to(root))
+    try:
+        adapter = Adapter.load(folder)
+    except LoricaError as fault:
+        return {"name": name, "loads": False, "fault": str(fault)}
+    dead = adapter.silent()
+    return {
+        "name": name,
+        "loads": True,
+        "base": adapter.meta.get("base_model", ""),
+        "ranks": sorted({adapter.method.rank_of(target.path) for target in adapter.targets}),
+        "targets": targets.names(str(target) for target in adapter.targets),
+        "bytes": (folder / peft.TENSORS).stat().st_size,
+        "fault": f"{len(dead)} of {len(adapter.targets)} patches are zero" if dead else "",
+    }
+
+
+def _norms(adapter: Adapter) -> dict[str, Any]:
+    """``||dW|| / ||W||`` (Frobenius) of each patched matrix of the base that the adapter names."""
+    base = adapter.meta.get("base_model")
+    if not base:
+        raise LoricaError("the adapter names no base model, so there is nothing to compare its updates with")
+    model, _ = models.load(base)
+    adapter.apply(model)
+    found: dict[str, float] = {}
+    for (path, part), each in patch.installed(model).patches.items():
+        if hasattr(each, "delta"):
+            layer: nn.Module = model.get_submodule(path)
+            storage = weights.storage(layer)
+            assert storage is not None
+            name = path if part == "lora" else f"{path}[{part}]"
+            found[name] = float(each.delta().norm() / storage.read(layer).norm())  # type: ignore[operator]
+    ordered = sorted(found.values())
+    largest = max(found, key=found.__getitem__)
+    return {"median": ordered[len(ordered) // 2], "max": found[largest], "max_at": largest, "by_target": found}
+
+
+def _vllm(adapter: Adapter, folder: Path) -> dict[str, str]:
+    """The line that serves it with vLLM, or why vLLM would refuse it or read it wrongly."""
+    method = adapter.method
+    against = [
+        reason
+        for reason, holds in {
+            "it trains whole modules": bool(method.modules_to_save),
+            "it trains biases": method.bias != "none",
+            "it trains token rows": bool(method.token_rows),
+            "vLLM reads one scale for all layers": bool(method.ranks or method.alphas),
+        }.items()
+        if holds
+    ]
+    if against:
+        return {"refused": "; ".join(against)}
+    named = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8")).get("r", method.r)
+    room = next((rank for rank in _VLLM_RANKS if rank >= named), named)
+    name = re.sub(r"\W+", "-", (folder.parent if folder.name in ("best", "last") else folder).resolve().name)
+    base = adapter.meta.get("base_model") or "BASE"
+    return {"line": f"vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {name}={folder}"}
