@@ -34,7 +34,25 @@ _EXAMPLES = """examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (failed), 2 (wrong use), 130 (stopped by Ctrl-C)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader has gone (| head): nothing is wrong, and Python's own flush at exit would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def usage() -> str:
+    """The text of `lorica --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {verb:<{width}}  {what}" for verb, what in COMMANDS.items()]
+    everywhere = "everywhere: -c FILE.toml  -o OUT  --json  -q  --dry-run  --debug; lorica COMMAND --help for the rest"
+    return "\n".join(["usage: lorica COMMAND THING [THING] [--flags]", "", *lines, "", everywhere, "", _EXAMPLES])
+
+
+def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
@@ -51,22 +69,12 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader has gone (| head): nothing is wrong, and Python's own flush at exit would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        raise
     except Exception as fault:
         if "--debug" in rest:
             raise
         print(f"error: {_told(fault)}", file=sys.stderr)
         return 1
-
-
-def usage() -> str:
-    """The text of `lorica --help`."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {verb:<{width}}  {what}" for verb, what in COMMANDS.items()]
-    everywhere = "everywhere: -c FILE.toml  -o OUT  --json  -q  --dry-run  --debug; lorica COMMAND --help for the rest"
-    return "\n".join(["usage: lorica COMMAND THING [THING] [--flags]", "", *lines, "", everywhere, "", _EXAMPLES])
 
 
 def _run(verb: str, argv: list[str]) -> int:
