@@ -48,7 +48,7 @@ class Measured:
 
 
 def quickstart(
-    settings: TrainSettings, *, rows: int = 60, out: str | None = None, tell: Tell, report: Callable[[Any], None] | None
+    settings: TrainSettings, *, rows: int = 50, out: str | None = None, tell: Tell, report: Callable[[Any], None] | None
 ) -> dict[str, Any]:
     """Run it all; returns what the command prints.
 
@@ -104,7 +104,7 @@ def measure(model: Any, tok: Any, rows: Sequence[Record], asked: Sequence[Record
     loss = evaluate.loss(model, data.encode(asked, tok).examples).loss
     prompts = [data.prompt_ids(row, tok)[0] for row in asked]
     answers = evaluate.generate(
-        model, tok, prompts, max_new=MAX_NEW, batch=30, progress=lambda done, total: tell(what, done, total)
+        model, tok, prompts, max_new=MAX_NEW, batch=25, progress=lambda done, total: tell(what, done, total)
     )
     solved = sum(map(bfcl.correct, rows, answers))
     low, high = evaluate.wilson(solved, len(rows))

@@ -68,7 +68,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
     with progress(settings.quiet or settings.json) as tell:
         opened = models.open_thing(settings.x, dtype=settings.dtype, device=settings.device, progress=tell)
         contenders = evaluate.line_up(opened, settings.x, others)
-        rows, what = _held_out(settings, opened) if not settings.data else _given(settings)
+        rows, what, notes = _given(settings) if settings.data else _held_out(settings, opened)
         if settings.limit and settings.limit < len(rows):
             chosen = sorted(random.Random(0).sample(range(len(rows)), settings.limit))
             rows, what = [rows[place] for place in chosen], f"{what}, {settings.limit:,} of {len(rows):,} rows"
@@ -88,7 +88,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
                         tell=tell,
                     )
                 )
-    result = _result(what, scores)
+    result = _result(what, scores, notes)
     if settings.out:
         from lorica.files import write_atomic
 
@@ -114,21 +114,18 @@ def _columns(settings: Settings) -> dict[str, str | None]:
     return {name: (given or trained_with(settings.x)).get(name) or None for name in names}
 
 
-def _given(settings: Settings) -> tuple[list[Record], str]:
+def _given(settings: Settings) -> tuple[list[Record], str, list[str]]:
+    """Rows, what they are, and what was left out of them."""
     from lorica import data
-    from lorica.cli.terminal import console
 
     found = data.read(settings.data, answers=True, **_columns(settings))
-    if not settings.quiet:
-        for fault in found.faults:
-            console.print(f"{settings.data}: {fault}", markup=False)
     for name, part in (("test", found.test), ("valid", found.valid)):
         if part:
-            return part, f"{settings.data} ({name})"
-    return found.rows, settings.data
+            return part, f"{settings.data} ({name})", []
+    return found.rows, settings.data, found.faults
 
 
-def _held_out(settings: Settings, opened: Opened) -> tuple[list[Record], str]:
+def _held_out(settings: Settings, opened: Opened) -> tuple[list[Record], str, list[str]]:
     """The rows that a run measured itself on; refused where its data is no longer what it was trained on."""
     from lorica import data
     from lorica.errors import LoricaError
@@ -149,10 +146,10 @@ def _held_out(settings: Settings, opened: Opened) -> tuple[list[Record], str]:
     rows = found.valid or data.split(found.rows, fraction=before.held_out)[1]
     if not rows:
         raise LoricaError(f"{settings.x} held nothing out: give DATA")
-    return rows, f"{source} (held out by {settings.x})"
+    return rows, f"{source} (held out by {settings.x})", []
 
 
-def _result(what: str, scores: list[Score]) -> dict[str, Any]:
+def _result(what: str, scores: list[Score], notes: list[str]) -> dict[str, Any]:
     """All numbers as one object for `--json`."""
     from lorica.evaluate import against
 
@@ -163,7 +160,7 @@ def _result(what: str, scores: list[Score]) -> dict[str, Any]:
         "results": [score.summary() for score in scores],
         "differences": [against(x, other) for other in others],
         "classes": {name: [row._asdict() for row in rows] for name, rows in classes.items() if rows},
-        "notes": list(dict.fromkeys(note for score in scores for note in score.notes)),
+        "notes": list(dict.fromkeys([*notes, *(note for score in scores for note in score.notes)])),
     }
 
 

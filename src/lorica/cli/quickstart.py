@@ -14,7 +14,7 @@ class Settings(Common):
 
     steps: int = 40
     """Updates of 8 examples."""
-    rows: int = 60
+    rows: int = 50
     """Test rows that are answered by each model."""
     rank: int = 8
     """Rank of the update, r in the paper."""
@@ -70,7 +70,9 @@ def _say(result: dict[str, Any]) -> None:
     table(["unseen functions", "loss", "parses", "solved", "95 % interval"], rows)
     for answer in result["answers"]:
         say()
-        say(f"request    {' / '.join(answer['prompt'].splitlines())}")
+        function, _, request = answer["prompt"].partition("\n")
+        say(f"function   {_line(function)}")
+        say(f"request    {_line(request)}")
         say(f"base       {_line(answer['base'])}")
         say(f"tuned      {_line(answer['tuned'])}   {'solved' if answer['solved'] else 'not solved'}")
     say()

@@ -97,7 +97,10 @@ def line_up(opened: Opened, thing: str, others: Sequence[str]) -> list[Contender
             found.append(Contender(name, f"other-{place}", adapter.meta.get("chat_template") or own))
     if faults:
         raise all_faults(f"what {thing} is compared with must be {BASE}, or adapters of the same base model:", faults)
-    return [*found, Contender(names[-1], "default" if opened.adapter else None, opened.tok.chat_template)]
+    last = Contender(names[-1], "default" if opened.adapter else None, opened.tok.chat_template)
+    if patch.adapters(opened.model):
+        patch.select(opened.model, last.adapter)
+    return [*found, last]
 
 
 @contextlib.contextmanager

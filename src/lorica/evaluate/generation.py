@@ -44,7 +44,7 @@ def generate(
     the model's positions do; LoricaError for prompts that leave none. The model's mode is left as it was.
     """
     require(model)
-    pad = _pad(model, tok)
+    stops, pad = stop_ids(model, tok), _pad(model, tok)
     prompts = [ids or [pad] for ids in prompts]
     rooms = _rooms(model, prompts, max_new)
     answers = [""] * len(prompts)
@@ -58,7 +58,7 @@ def generate(
                 inputs = _left_padded([prompts[place] for place in places], pad, device)
                 ids = model.generate(**inputs)
                 for place, row in zip(places, ids[:, inputs["input_ids"].shape[1] :], strict=True):
-                    answers[place] = _text(tok, row)
+                    answers[place] = _text(tok, list(_before(row.tolist(), stops)))
                 done += len(places)
                 if progress:
                     progress(done, len(prompts))
@@ -74,7 +74,8 @@ def stream(
     token at hand.
     """
     require(model)
-    ids = ids or [_pad(model, tok)]
+    stops, pad = stop_ids(model, tok), _pad(model, tok)
+    ids = ids or [pad]
     (room,) = _rooms(model, [ids], max_new)
     tokens, stopped, failed = _Tokens(), threading.Event(), list[BaseException]()
 
@@ -82,7 +83,7 @@ def stream(
         try:
             with torch.no_grad(), _ready(model, seed) as device:
                 model.generation_config = _config(model, tok, room, temperature)
-                inputs = _left_padded([ids], _pad(model, tok), device)
+                inputs = _left_padded([ids], pad, device)
                 rules = [lambda ids, scores: torch.full(ids.shape[:1], stopped.is_set(), device=ids.device)]
                 model.generate(**inputs, streamer=tokens, stopping_criteria=rules)
         except BaseException as fault:
@@ -92,7 +93,7 @@ def stream(
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
-        yield from _pieces(tokens, tok)
+        yield from _pieces(_before(tokens, stops), tok)
     finally:
         stopped.set()
         thread.join()
@@ -136,7 +137,12 @@ def _pieces(tokens: Iterable[int], tok: Any) -> Iterator[str]:
         yield text[len(shown) :]
 
 
-def _text(tok: Any, ids: Any) -> str:
+def _before(tokens: Iterable[int], stops: Sequence[int]) -> Iterator[int]:
+    """Tokens up to a stop token; not every one of these is special, and thus left out of texts."""
+    return itertools.takewhile(lambda token: token not in stops, tokens)
+
+
+def _text(tok: Any, ids: list[int]) -> str:
     return tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
