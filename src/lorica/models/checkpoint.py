@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,9 @@ def quiet(hub_bars: bool = False) -> Iterator[None]:
         yield
     finally:
         log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
-        (hub.disable_progress_bars if downloads_hidden else hub.enable_progress_bars)()
+        with warnings.catch_warnings():
+            # Where HF_HUB_DISABLE_PROGRESS_BARS is set, switching them on again is warned about.
+            warnings.simplefilter("ignore")
+            if bars:
+                log.enable_progress_bar()
+            (hub.disable_progress_bars if downloads_hidden else hub.enable_progress_bars)()
