@@ -107,7 +107,8 @@ def test_the_base_in_another_dtype_is_the_same_base(folder, tmp_path):
         Adapter.of(model).save(tmp_path / "adapter")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        open_thing(tmp_path / "adapter", dtype="fp32")
+        opened = open_thing(tmp_path / "adapter", dtype="fp32")
+    assert lorica.fingerprint(opened.model) == opened.adapter.meta["base_fingerprint"]
 
 
 def test_the_chat_template_of_the_training_is_used(folder, tmp_path):
