@@ -143,6 +143,17 @@ def test_other_rows_settings_or_weights_do_not_continue_a_file(things, tmp_path,
     assert "rows_sha256" in capsys.readouterr().err
 
 
+def test_another_batch_continues_likeliest_answers_but_not_drawn_ones(things, tmp_path, capsys):
+    source = written(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    likeliest = ["generate", things[0], source, "-o", str(tmp_path / "likeliest"), *QUICK]
+    drawn = ["generate", things[0], source, "-o", str(tmp_path / "drawn"), *QUICK, "--temperature", "1"]
+    assert main(likeliest) == main(drawn) == 0
+    assert main([*likeliest, "--batch", "1"]) == 0
+    capsys.readouterr()
+    assert main([*drawn, "--batch", "1"]) == 1
+    assert "batch was 16, is 1" in capsys.readouterr().err
+
+
 def test_kill_nine_and_the_same_line_again_give_the_same_file(things, tmp_path):
     source = written(tmp_path / "in.jsonl", [{"prompt": f"{i}" * (1 + i % 5)} for i in range(64)])
     quick = ["--dtype", "fp32", "--max-new", "60", "--batch", "4"]

@@ -126,7 +126,7 @@ def _given(settings: Settings) -> tuple[list[Record], str, list[str]]:
 
 
 def _held_out(settings: Settings, opened: Opened) -> tuple[list[Record], str, list[str]]:
-    """The rows that a run measured itself on; refused where its data is no longer what it was trained on."""
+    """All rows that a run held out, also beyond its `eval_rows`; refused where its data has changed since."""
     from lorica import data
     from lorica.errors import LoricaError
     from lorica.train.examples import prepare

@@ -158,4 +158,6 @@ def _made(settings: Settings, opened: Opened, job: Answering) -> dict[str, Any]:
         "merged": not settings.unmerged and opened.adapter is not None,
         "dtype": str(opened.model.dtype).removeprefix("torch."),
         **{name: getattr(job, name) for name in ("column", "max_new", "temperature", "seed")},
+        # Drawn tokens follow the batch. The likeliest do not, so that a run out of memory may go on with a smaller one.
+        **({"batch": job.batch} if job.temperature > 0 else {}),
     }
