@@ -18,7 +18,7 @@ LAYERS = [
     {"lowrank"},
     {"state"},
     {"merging"},
-    {"patch"},
+    {"patch", "fast"},
     {"formats"},
     {"adapter"},
     {"methods", "models", "data"},

@@ -59,7 +59,7 @@ ADAPTERS = [
 @pytest.fixture(scope="module")
 def settings(brief):
     # Dropout draws random numbers, and so high a rate makes a best that is not the last.
-    return dataclasses.replace(brief, dropout=0.2, held_out=0.2, lr=0.2, schedule="constant")
+    return dataclasses.replace(brief, dropout=0.2, held_out=0.2, lr=0.3, schedule="constant")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from lorica.train.report import Terminal, duration, number, size
 @pytest.fixture
 def overshooting(brief):
     """So high a rate that the best measurement is not the last."""
-    return dataclasses.replace(brief, lr=0.2, dropout=0.2, schedule="constant", held_out=0.2)
+    return dataclasses.replace(brief, lr=0.3, dropout=0.2, schedule="constant", held_out=0.2)
 
 
 @pytest.fixture(scope="module")

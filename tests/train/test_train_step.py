@@ -17,10 +17,10 @@ from accelerate import Accelerator
 import lorica
 from lorica import LoRA, TrainSettings
 from lorica.data import Example, Sampler, collate, encode
-from lorica.kernels.labelled import narrowed
-from lorica.train.examples import cut, labels_in
+from lorica.train.examples import cut, labels_in, packs
 from lorica.train.loop import updates
 from lorica.train.optimizer import Optimizer
+from lorica.train.passes import WAYS, Passes
 
 RAGGED = [
     Example([0, 5, 6, 7, 8, 9, 1], [False] * 6 + [True]),
@@ -40,7 +40,7 @@ def with_adapter(model):
     return lorica.trainable(model)
 
 
-def gradients(model, settings, accelerator=None):
+def gradients(model, settings, accelerator=None, ways=WAYS):
     """The gradients of one update over the ragged examples."""
     parameters = with_adapter(model)
     sampler = Sampler(len(RAGGED), len(RAGGED))
@@ -54,7 +54,7 @@ def gradients(model, settings, accelerator=None):
         accelerator=accelerator,
         first=1,
         steps=1,
-        pad_id=1,
+        passes=Passes(model, RAGGED, 1, ways=ways),
     )
     update = next(made)
     return update, {name: parameter.grad.clone() for name, parameter in parameters.items()}
@@ -98,36 +98,43 @@ def test_the_gradient_is_that_of_the_summed_token_losses_over_their_number(fresh
     assert close(found, {name: parameter.grad for name, parameter in parameters.items()})
 
 
-def test_the_head_at_labelled_positions_gives_the_gradient_of_the_whole_head(fresh, monkeypatch):
-    seen = []
-    monkeypatch.setattr("lorica.train.loop.narrowed", lambda batch: seen.append(1) or narrowed(batch))
-    _, found = gradients(fresh(), plain())
-    assert seen
-    monkeypatch.setattr("lorica.train.loop.agrees", lambda model, batch: False)
-    del seen[:]
-    _, expected = gradients(fresh(), plain())
-    assert not seen
-    assert close(found, expected)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_the_loss_gives_the_same_gradient(fresh, way):
+    _, found = gradients(fresh(), plain(), ways=[way])
+    model = fresh()
+    parameters = with_adapter(model)
+    labels = sum(labels_in([example]) for example in RAGGED)
+    for example in RAGGED:
+        model(**collate([example], 0)).loss.mul(labels_in([example]) / labels).backward()
+    assert close(found, {name: parameter.grad for name, parameter in parameters.items()})
 
 
 def test_the_first_token_of_a_sequence_is_not_counted_as_predicted():
     assert labels_in([Example([3, 4], [True, True])]) == 1
 
 
-def test_a_cut_keeps_every_example_once_and_no_process_goes_without():
+@pytest.mark.parametrize("divide", [cut, packs])
+def test_a_cut_keeps_every_example_once_and_no_process_goes_without(divide):
     for processes in (1, 2, 3):
         for micro in (None, 1, 2, 3):
-            pieces = cut(RAGGED[:3], micro, processes)
-            assert sorted(len(example.ids) for piece in pieces for example in piece) == [4, 7, 14]
+            pieces = divide(RAGGED[:3], micro, processes)
+            assert sorted(place for piece in pieces for place in piece) == [0, 1, 2]
             assert len(pieces) % processes == 0
             assert all(len(piece) <= (micro or 3) for piece in pieces)
-    assert [len(piece) for piece in cut(RAGGED, 4, 2)] == [2, 2]
+    assert [len(piece) for piece in divide(RAGGED, 4, 2)] == [2, 2]
 
 
 def test_long_examples_are_not_put_into_one_micro_batch():
     long = [Example([2] * 900, [False] + [True] * 899) for _ in range(5)]
     assert [len(piece) for piece in cut(long, None)] == [2, 2, 1]
     assert [len(piece) for piece in cut(long, 5)] == [5]
+    assert [len(piece) for piece in packs(long, None)] == [2, 2, 1]
+
+
+def test_packs_are_as_few_as_do_and_equally_full():
+    mixed = [Example([2] * length, [True] * length) for length in (500, 20, 30, 480, 470, 40, 460, 10)]
+    sums = [sum(len(mixed[i].ids) for i in piece) for piece in packs(mixed, None, tokens=1024)]
+    assert sorted(sums) == [1000, 1010]
 
 
 def test_two_processes_make_the_step_of_one(fresh, tmp_path):

@@ -10,9 +10,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 IGNORED = -100
 
@@ -33,12 +31,3 @@ def narrowed(batch: dict[str, Tensor]) -> dict[str, Any]:
     labels = batch["labels"]
     kept = positions(labels)
     return {**batch, "logits_to_keep": kept, "shift_labels": labels[:, kept + 1].contiguous()}
-
-
-@torch.no_grad()
-def agrees(model: nn.Module, batch: dict[str, Tensor], rtol: float = 1e-3) -> bool:
-    """Whether `narrowed` gives this model's own loss on a batch. A model it does not fit is told by its answer."""
-    if not takes_positions(model) or getattr(model, "loss_function", None) is not ForCausalLMLoss:
-        return False
-    full = model(**batch).loss.item()
-    return abs(model(**narrowed(batch)).loss.item() - full) <= rtol * abs(full)

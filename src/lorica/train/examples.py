@@ -74,22 +74,47 @@ def prepare(data: Any, tok: Any, settings: TrainSettings) -> Prepared:
     return Prepared(train, held[: settings.eval_rows or None], len(held), source, list(dict.fromkeys(notes)))
 
 
-def cut(
+def packs(
     batch: Sequence[Example], micro: int | None, processes: int = 1, tokens: int = MICRO_TOKENS
-) -> list[list[Example]]:
-    """Divide one update's examples into micro-batches: process k takes every `processes`-th from k on.
+) -> list[list[int]]:
+    """Divide one update's examples into packs of at most `tokens` tokens and `micro` examples; places in `batch`.
 
-    Without `micro`, as many rows as hold `tokens` padded. All processes get equally many; an empty one fills up.
+    As few packs as do, equally full: the longest first, each to the emptiest pack. All `processes` get equally many,
+    taking every `processes`-th; an empty one fills up.
+    """
+    lengths = [len(example.ids) for example in batch]
+    rows = min(micro or len(batch), math.ceil(len(batch) / processes))
+    count = max(math.ceil(sum(lengths) / tokens), math.ceil(len(batch) / rows))
+    while True:
+        pieces = _spread_out(lengths, count, rows)
+        if count >= len(batch) or all(sum(lengths[i] for i in piece) <= tokens or len(piece) == 1 for piece in pieces):
+            return pieces + [[] for _ in range(-len(pieces) % processes)]
+        count += 1
+
+
+def _spread_out(lengths: Sequence[int], count: int, rows: int) -> list[list[int]]:
+    pieces: list[list[int]] = [[] for _ in range(count)]
+    held = [0] * count
+    for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        emptiest = min((k for k in range(count) if len(pieces[k]) < rows), key=held.__getitem__)
+        pieces[emptiest].append(place)
+        held[emptiest] += lengths[place]
+    return pieces
+
+
+def cut(batch: Sequence[Example], micro: int | None, processes: int = 1, tokens: int = MICRO_TOKENS) -> list[list[int]]:
+    """Divide one update's examples into padded batches, as `packs` does into packs.
+
     Examples of like length go together, since padding is work.
     """
     limit = min(micro or len(batch), math.ceil(len(batch) / processes))
-    pieces: list[list[Example]] = []
-    for example in sorted(batch, key=lambda example: len(example.ids)):
+    pieces: list[list[int]] = []
+    for place in sorted(range(len(batch)), key=lambda i: len(batch[i].ids)):
         room = bool(pieces) and len(pieces[-1]) < limit
-        if room and (micro or (len(pieces[-1]) + 1) * len(example.ids) <= tokens):
-            pieces[-1].append(example)
+        if room and (micro or (len(pieces[-1]) + 1) * len(batch[place].ids) <= tokens):
+            pieces[-1].append(place)
         else:
-            pieces.append([example])
+            pieces.append([place])
     return pieces + [[] for _ in range(-len(pieces) % processes)]
 
 

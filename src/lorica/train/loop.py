@@ -14,23 +14,21 @@ Law 6. The random state of an update is a function of (seed, update, process) al
 from __future__ import annotations
 
 import contextlib
-import inspect
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 
-from lorica.data import Example, Sampler, collate
-from lorica.kernels.labelled import agrees, narrowed
-from lorica.train.examples import CPU_MICRO_TOKENS, MICRO_TOKENS, cut, labels_in
+from lorica.data import Example, Sampler
+from lorica.train.examples import CPU_MICRO_TOKENS, MICRO_TOKENS, cut, labels_in, packs
 from lorica.train.guards import finite
 from lorica.train.optimizer import Optimizer
+from lorica.train.passes import Passes
 from lorica.train.settings import TrainSettings, rate
 
 
@@ -60,21 +58,22 @@ def updates(
     accelerator: Accelerator,
     first: int,
     steps: int,
-    pad_id: int,
+    passes: Passes,
 ) -> Iterator[Update]:
     """Make the updates `first` to `steps`; after each, the caller may measure, save or stop.
 
     `model` is as `accelerator.prepare` returned it, `settings.lr` is a number. The gradients of an update stay until
     the next. Raises `guards.NotFinite` before an update that would spoil the weights.
     """
-    ask = _question(accelerator.unwrap_model(model), min(examples, key=lambda example: len(example.ids)), pad_id)
     for step in range(first, steps + 1):
         began = time.perf_counter()
-        batch = [examples[index] for index in next(sampler)]
+        drawn = next(sampler)
+        batch = [examples[index] for index in drawn]
         set_seed(random.Random(f"{settings.seed}:{step}:{accelerator.process_index}").getrandbits(31))
+        keys = [random.Random(f"{settings.seed}:{step}:{index}").getrandbits(62) for index in drawn]
         model.train()
         optimizer.clear()
-        loss = _backward(model, batch, accelerator, settings.micro, ask)
+        loss = _backward(model, batch, keys, accelerator, settings.micro, passes)
         norm = optimizer.clip(settings.clip)
         finite(step, loss, norm)
         assert settings.lr is not None
@@ -84,39 +83,26 @@ def updates(
         yield Update(step, loss, lr, norm, tokens, labels_in(batch), time.perf_counter() - began)
 
 
-def _question(model: nn.Module, shortest: Example, pad_id: int) -> Callable[[Sequence[Example]], dict[str, Any]]:
-    """What makes a model's inputs of examples: with the head at labelled positions only, if its loss is then the same.
-
-    That is tried on one example, the same at every resume.
-    """
-    device = next(model.parameters()).device
-    cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-
-    def plain(examples: Sequence[Example]) -> dict[str, Any]:
-        return {key: tensor.to(device) for key, tensor in collate(examples, pad_id).items()} | cache
-
-    model.eval()
-    return (lambda examples: narrowed(plain(examples))) if agrees(model, plain([shortest])) else plain
-
-
 def _backward(
     model: nn.Module,
     batch: Sequence[Example],
+    keys: Sequence[int],
     accelerator: Accelerator,
     micro: int | None,
-    ask: Callable[[Sequence[Example]], dict[str, Any]],
+    passes: Passes,
 ) -> float:
     """Accumulate the gradient of one update; returns its loss over all processes."""
     device = next(model.parameters()).device
     fitting = CPU_MICRO_TOKENS if device.type == "cpu" else MICRO_TOKENS
-    pieces = cut(batch, micro, accelerator.num_processes, fitting)
+    pieces = (packs if passes.quick else cut)(batch, micro, accelerator.num_processes, fitting)
     pieces = pieces[accelerator.process_index :: accelerator.num_processes]
     total, loss = labels_in(batch), torch.zeros((), device=device)
-    for last, piece in zip([False] * (len(pieces) - 1) + [True], pieces, strict=True):
+    for last, places in zip([False] * (len(pieces) - 1) + [True], pieces, strict=True):
         # A process without rows of its own still takes part in the others' sum, with weight zero.
+        piece = [batch[i] for i in places]
         weight = labels_in(piece) / total
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            mean: Tensor = model(**ask(piece or batch[:1])).loss
-            accelerator.backward(mean * (weight * accelerator.num_processes))
+            with passes(model, piece or batch[:1], keys=[keys[i] for i in places or [0]]) as (mean, _):
+                accelerator.backward(mean * (weight * accelerator.num_processes))
         loss += mean.detach() * weight
     return float(accelerator.reduce(loss, "sum"))

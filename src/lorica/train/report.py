@@ -108,6 +108,9 @@ class Terminal:
         self.sampled = False
         self.progress.update(self.task, description="training")
 
+    def _note(self, event: Mapping[str, Any]) -> None:
+        _line(self.console, f"note    {event['text']}")
+
     def _sample(self, event: Mapping[str, Any]) -> None:
         # One of them keeps the table readable; all are in samples.jsonl.
         if self.sampled:

@@ -23,6 +23,7 @@ from lorica.train.examples import Prepared, question_and_answer
 from lorica.train.loop import Update, updates
 from lorica.train.memory import peak_bytes
 from lorica.train.optimizer import Optimizer
+from lorica.train.passes import Passes
 from lorica.train.settings import TrainSettings, number_of_steps
 from lorica.train.setup import about, facts
 
@@ -153,6 +154,10 @@ class Sitting:
         if self._stale():
             return iter(())
         pads = (self.tok.pad_token_id, self.tok.eos_token_id, 0)
+        pad = next(token for token in pads if token is not None)
+        passes = Passes(self.accelerator.unwrap_model(self.wrapped), self.data.train, pad)
+        if passes.note and not self.here.step:
+            self.log(folder.METRICS, {"kind": "note", "text": passes.note})
         return updates(
             self.wrapped,
             self.optimizer,
@@ -162,7 +167,7 @@ class Sitting:
             accelerator=self.accelerator,
             first=self.here.step + 1,
             steps=self.steps,
-            pad_id=next(token for token in pads if token is not None),
+            passes=passes,
         )
 
     def _note(self, update: Update) -> None:

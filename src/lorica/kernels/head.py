@@ -1,0 +1,149 @@
+"""Output head and cross-entropy as one operation on the labelled rows, with its gradient made in the forward pass.
+
+The logits of a few hundred rows at a time are written to one buffer and turned, in place, into the gradient's factor
+``softmax - target``; its product with the head's matrix is all that is kept. Two products per labelled row instead of
+three, and no tensor of tokens times vocabulary.
+
+It runs inside the model's own forward, which may be wrapped by others: `bare` lets the head return the hidden rows that
+it was given, and the model's `loss_function` then finishes the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+BUFFER = 1 << 24  # elements of a chunk of logits: 64 MB in fp32, so that few rows of any vocabulary fit
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How hidden rows become logits beyond the matrix: ``cap tanh(scale h W^T / cap)``."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class LabelledLoss(torch.autograd.Function):
+    """``sum_i weights_i nll_i`` and the ``nll [n]`` of rows ``h [n, width]`` under ``W [vocab, width]``, W frozen.
+
+    `wanted` ``[n]`` are token ids. With label smoothing e the target is ``1 - e`` on the wanted token and ``e`` spread
+    over the vocabulary, as in torch's cross-entropy; nll is the smoothed loss then.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, h: Tensor, W: Tensor, b: Tensor | None, wanted: Tensor, weights: Tensor, shape: Shape, smooth: float
+    ):
+        nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
+        dh = torch.empty_like(h) if h.requires_grad else None
+        rows = max(1, min(len(h), BUFFER // W.shape[0]))
+        buffer = torch.empty(rows, W.shape[0], dtype=torch.float32, device=h.device)
+        for start in range(0, len(h), rows):
+            part = slice(start, start + rows)
+            at = wanted[part, None]
+            logits, slope = _logits(h[part], W, b, shape, buffer)
+            torch.log_softmax(logits, -1, out=logits)
+            nll[part] = -logits.gather(1, at).squeeze(1)
+            if smooth:
+                nll[part].mul_(1 - smooth).sub_(logits.mean(-1), alpha=smooth)
+            if dh is None:
+                continue
+            logits.exp_()
+            if smooth:
+                logits.sub_(smooth / W.shape[0])
+            logits.scatter_add_(1, at, at.new_full(at.shape, -1, dtype=torch.float32).mul_(1 - smooth))
+            logits.mul_(weights[part, None].float() * shape.scale)
+            if slope is not None:
+                logits.mul_(slope)
+            torch.mm(logits.to(h.dtype), W, out=dh[part])
+        ctx.save_for_backward(*(() if dh is None else (dh,)))
+        ctx.mark_non_differentiable(nll)
+        return (nll * weights).sum(), nll
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor, _):
+        (dh,) = ctx.saved_tensors
+        return dh * dloss.to(dh.dtype), *[None] * 6
+
+
+def _logits(h: Tensor, W: Tensor, b: Tensor | None, shape: Shape, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits of some rows in the buffer, and the softcap's slope there."""
+    logits = buffer[: len(h)]
+    if h.dtype == torch.float32:
+        torch.mm(h, W.T, out=logits)
+    else:
+        logits.copy_(h @ W.T)
+    if b is not None:
+        logits.add_(b)
+    if shape.scale != 1.0:
+        logits.mul_(shape.scale)
+    if shape.softcap is None:
+        return logits, None
+    logits.div_(shape.softcap).tanh_()
+    slope = 1 - logits.square()
+    return logits.mul_(shape.softcap), slope
+
+
+# What a family does to its logits after the head, and where it keeps the number: (holder, attribute, neutral value,
+# what it means). It is set to neutral while the head is bare, since hidden rows must come through unchanged.
+_AFTER: tuple[tuple[Callable[[nn.Module], object], str, float | None, Callable[[float], Shape]], ...] = (
+    (lambda model: model.config, "final_logit_softcapping", None, lambda cap: Shape(softcap=cap)),  # Gemma
+    (lambda model: model, "logit_scale", 1.0, lambda scale: Shape(scale=scale)),  # Cohere
+    (lambda model: model.config, "logits_scaling", 1.0, lambda scale: Shape(scale=1 / scale)),  # Granite
+)
+
+
+def plain_head(model: Any) -> nn.Linear | None:
+    """The output head if its matrix is frozen, dense and unpatched, so that the loss may read it; else None."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
+        return None
+    return head if getattr(model, "loss_function", None) is ForCausalLMLoss else None
+
+
+@contextlib.contextmanager
+def bare(model: Any, weights: Tensor, smooth: float = 0.0) -> Iterator[list[Tensor]]:
+    """Let a causal model's forward end in `LabelledLoss` for the length of a block.
+
+    The model is called with ``logits_to_keep`` = the positions and ``labels`` = the wanted ids ``[1, n]``; its loss is
+    ``sum weights nll`` plus what the model adds itself (a router's), and the list that is yielded receives the nll.
+    """
+    head = plain_head(model)
+    assert head is not None
+    found: list[Tensor] = []
+    held = []
+    shape = Shape()
+    for holder, name, neutral, means in _AFTER:
+        owner = holder(model)
+        value = getattr(owner, name, neutral)
+        if isinstance(value, int | float) and value != neutral:
+            held.append((owner, name, value))
+            shape = means(value)
+            setattr(owner, name, neutral)
+
+    def loss(logits: Tensor, labels: Tensor, *args, **kwargs) -> Tensor:
+        hidden = logits.reshape(-1, logits.shape[-1])
+        total, nll = LabelledLoss.apply(hidden, head.weight, head.bias, labels.flatten(), weights, shape, smooth)
+        found.append(nll)
+        return total
+
+    kept = model.__dict__.get("_loss_function")
+    model.loss_function = loss
+    head.forward = lambda hidden: hidden  # type: ignore[method-assign,assignment]
+    try:
+        yield found
+    finally:
+        del head.forward
+        if kept is None:
+            del model._loss_function
+        else:
+            model._loss_function = kept
+        for owner, name, value in held:
+            setattr(owner, name, value)

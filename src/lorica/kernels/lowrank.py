@@ -1,0 +1,197 @@
+"""The fused low-rank linear: ``y_k = x W_k^T + b_k + s (x A^T) B^T`` for all projections k that read the same x.
+
+One engine for one adapter, for many trained at once, and for many served in one batch: an update names the rows of x
+(tokens) and the columns of y it acts on. Against a plain module per projection:
+
+- x is kept once per group, and beside it only the products ``x A^T [tokens, r]``;
+- the A of all updates that read the same tokens are one matrix product, forward and backward;
+- updates are added in place with the scale folded in: nothing of the size of y or x is made but y and dx;
+- dropout draws its mask again instead of keeping it.
+
+Gradients, with g = s dy B:  dA = g^T x,  dB = s dy^T (x A^T),  dx = dy W + g A   (equation 3, differentiated).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorica.kernels.documents import current
+from lorica.kernels.elementwise import Activation
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A frozen dense projection: `weight` ``[out, in]``, or ``[in, out]`` where `transposed`; `bias` ``[out]``."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    transposed: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T + b``: ``[tokens, in]`` to ``[tokens, out]``."""
+        return F.linear(x, self.weight.T if self.transposed else self.weight, self.bias)
+
+    def backward(self, dy: Tensor, dx: Tensor | None) -> Tensor:
+        """``dy W``, added to dx in place where there is one."""
+        W = self.weight.T if self.transposed else self.weight
+        return torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One ``s B A``: at which matrix of the group, on which tokens and which columns of the output."""
+
+    matrix: int
+    scale: float
+    tokens: tuple[int, int]
+    columns: tuple[int, int] | None = None
+    dropout: float = 0.0
+    salt: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Projections of one input and their updates; those on the same tokens are neighbours."""
+
+    matrices: tuple[Matrix, ...]
+    updates: tuple[Update, ...]
+
+    def forward(self, x: Tensor, factors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """``x [tokens, in]`` and ``[A, B, A, B, ...]`` to the outputs and the products ``x A^T``, one per update."""
+        ys = [matrix.forward(x) for matrix in self.matrices]
+        downs: list[Tensor] = []
+        for (start, stop), places in self._runs():
+            downs += self._down(x[start:stop], places, factors)
+            for i in places:
+                out = self._part(ys, i)
+                out.addmm_(downs[i], factors[2 * i + 1].to(x.dtype).T, alpha=self.updates[i].scale)
+        return ys, downs
+
+    def backward(
+        self, dys: Sequence[Tensor], x: Tensor, downs: Sequence[Tensor], factors: Sequence[Tensor], wants_x: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of x (None unless wanted) and of the factors."""
+        dx: Tensor | None = None
+        if wants_x:
+            for matrix, dy in zip(self.matrices, dys, strict=True):
+                dx = matrix.backward(dy, dx)
+        grads: list[Tensor | None] = [None] * len(factors)
+        for (start, stop), places in self._runs():
+            ranks = [factors[2 * i].shape[0] for i in places]
+            g = x.new_empty(stop - start, sum(ranks))
+            for i, column in zip(places, g.split(ranks, 1), strict=True):
+                dy, scale = self._part(dys, i), self.updates[i].scale
+                column.addmm_(dy, factors[2 * i + 1].to(x.dtype), beta=0, alpha=scale)
+                # Tall matrices multiply several times faster with the long one on the right.
+                grads[2 * i + 1] = torch.mm(downs[i].T, dy).T.to(factors[2 * i + 1].dtype, copy=False).mul(scale)
+            self._up(x[start:stop], g, ranks, places, factors, grads, None if dx is None else dx[start:stop])
+        return dx, grads
+
+    def _runs(self) -> list[tuple[tuple[int, int], list[int]]]:
+        """Updates of the same tokens together: those tokens, and the updates' places."""
+        places = range(len(self.updates))
+        return [(tokens, list(run)) for tokens, run in groupby(places, lambda i: self.updates[i].tokens)]
+
+    def _part(self, ys: Sequence[Tensor], i: int) -> Tensor:
+        """What update i is added to."""
+        update = self.updates[i]
+        rows = ys[update.matrix][update.tokens[0] : update.tokens[1]]
+        return rows[:, update.columns[0] : update.columns[1]] if update.columns else rows
+
+    def _down(self, x: Tensor, places: Sequence[int], factors: Sequence[Tensor]) -> list[Tensor]:
+        if any(self.updates[i].dropout for i in places):
+            return [self._dropped(x, i) @ factors[2 * i].to(x.dtype).T for i in places]
+        A = _stacked(places, factors, x.dtype)
+        return list((x @ A.T).split([factors[2 * i].shape[0] for i in places], 1))
+
+    def _up(
+        self,
+        x: Tensor,
+        g: Tensor,
+        ranks: Sequence[int],
+        places: Sequence[int],
+        factors: Sequence[Tensor],
+        grads: list[Tensor | None],
+        dx: Tensor | None,
+    ) -> None:
+        """The gradients of A, and what the updates send back to x, added to dx."""
+        if any(self.updates[i].dropout for i in places):
+            for i, column in zip(places, g.split(ranks, 1), strict=True):
+                grads[2 * i] = torch.mm(column.T, self._dropped(x, i)).to(factors[2 * i].dtype)
+                if dx is not None:
+                    dx += self._dropped(column @ factors[2 * i].to(x.dtype), i)
+            return
+        for i, dA in zip(places, torch.mm(g.T, x).split(list(ranks)), strict=True):
+            grads[2 * i] = dA.to(factors[2 * i].dtype)
+        if dx is not None:
+            dx.addmm_(g, _stacked(places, factors, x.dtype))
+
+    def _dropped(self, x: Tensor, i: int) -> Tensor:
+        update = self.updates[i]
+        if not update.dropout:
+            return x
+        here = current()
+        assert here is not None and here.keys, "dropout is keyed by document"
+        return x * here.kept(x.shape[1], update.dropout, update.salt, *update.tokens, x)
+
+
+def _stacked(places: Sequence[int], factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The A of some updates on top of each other: ``[sum of ranks, in]``."""
+    each = [factors[2 * i] for i in places]
+    return (each[0] if len(each) == 1 else torch.cat(each)).to(dtype)
+
+
+class SameInput(torch.autograd.Function):
+    """A group as one step of autograd: ``x [..., in]`` to one ``[..., out]`` per matrix."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Group, *factors: Tensor):
+        flat = x.reshape(-1, x.shape[-1])
+        ys, downs = group.forward(flat, factors)
+        ctx.group, ctx.factors, ctx.shape = group, len(factors), x.shape
+        ctx.save_for_backward(flat, *factors, *downs)
+        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+
+    @staticmethod
+    def backward(ctx, *dys: Tensor):
+        x, *rest = ctx.saved_tensors
+        factors, downs = rest[: ctx.factors], rest[ctx.factors :]
+        flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        dx, grads = ctx.group.backward(flat, x, downs, factors, ctx.needs_input_grad[0])
+        return None if dx is None else dx.view(ctx.shape), None, *grads
+
+
+class GatedMLP(torch.autograd.Function):
+    """``down(act(gate x) * up x)``: keeps x and the two products, not the activation nor the product of both."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, wide: Group, narrow: Group, act: Activation, *factors: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        split = 2 * len(wide.updates)
+        (gate, up), first = wide.forward(flat, factors[:split])
+        (y,), second = narrow.forward(act.forward(gate).mul_(up), factors[split:])
+        ctx.parts, ctx.shape, ctx.counts = (wide, narrow, act), x.shape, (len(factors), len(first))
+        ctx.save_for_backward(flat, gate, up, *factors, *first, *second)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        wide, narrow, act = ctx.parts
+        x, gate, up, *rest = ctx.saved_tensors
+        factors, downs = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
+        first, second = downs[: ctx.counts[1]], downs[ctx.counts[1] :]
+        split = 2 * len(wide.updates)
+        s = act.forward(gate)
+        hidden = s * up if narrow.updates else s  # only the updates' own gradients ask for it
+        dh, narrow_grads = narrow.backward([dy.reshape(-1, dy.shape[-1])], hidden, second, factors[split:], True)
+        assert dh is not None
+        dup = s.mul_(dh)
+        dgate = act.backward(dh.mul_(up), gate)
+        dx, wide_grads = wide.backward([dgate, dup], x, first, factors[:split], ctx.needs_input_grad[0])
+        return None if dx is None else dx.view(ctx.shape), None, None, None, *wide_grads, *narrow_grads
