@@ -99,12 +99,14 @@ def documents(here: Documents) -> Iterator[None]:
 @contextlib.contextmanager
 def attending(model: Any, name: str = NAME) -> Iterator[None]:
     """Let a transformers model attend inside documents, or in another registered way, for the length of a block."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
+    # What `set_attn_implementation` sets, without its walk over all modules, which took 8 ms at each end of a pass.
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = name
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        config._attn_implementation = before
 
 
 def attention(
@@ -136,18 +138,68 @@ def attention(
         raise NotImplementedError(f"attention within documents takes no {', '.join(unknown) or 'mask and no cache'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = tuple(states[0].transpose(0, 1) for states in (query, key, value))
+    window = sliding_window if sliding_window and sliding_window < max(here.lengths) else None
+    if query.device.type in ("cpu", "meta") and not (window or softcap or dropout):
+        return _Within.apply(*rows, here.buckets, causal, scale)[None], None
     if query.is_cuda and not softcap and not dropout and query.dtype != torch.float32:
-        return _varlen(rows, here, causal, scale, sliding_window)[None], None
+        return _varlen(rows, here, causal, scale, window)[None], None
     sizes = [count * length for count, length in here.buckets]
     outs = []
     for (count, length), *piece in zip(here.buckets, *(states.split(sizes) for states in rows), strict=True):
-        # A CPU's attention kernels are several times slower in bf16; the sums are better in fp32 anyway.
-        widen = torch.float32 if query.device.type == "cpu" else query.dtype
-        q, k, v = (part.to(widen).unflatten(0, (count, length)).transpose(1, 2) for part in piece)
-        window = sliding_window if sliding_window and sliding_window < length else None
+        q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in piece)
         out = _bucket(q, k, v, causal, scale, window, softcap, dropout)
-        outs.append(out.transpose(1, 2).flatten(0, 1).to(query.dtype))
-    return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)[None], None
+
+
+class _Within(torch.autograd.Function):
+    """Attention within documents by a CPU's own kernel, one call per run of equal lengths, straight into one tensor.
+
+    Half of the time for short documents would go to autograd's bookkeeping of their pieces. Always in fp32: that kernel
+    takes several times as long in bf16, and the sums are better.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, buckets: list[tuple[int, int]], causal: bool, scale: float):
+        ctx.dtype, ctx.how = q.dtype, (buckets, causal, scale)
+        q, k, v = (states.float() for states in (q, k, v))
+        out = torch.empty_like(q)
+        sums = []
+        for place, *piece in _pieces(buckets, q, k, v):
+            found, logsumexp = _flash(*piece, 0.0, causal, scale=scale)
+            _piece(out, *place).copy_(found)
+            sums.append(logsumexp)
+        ctx.save_for_backward(q, k, v, out, *sums)
+        return out.to(ctx.dtype)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        q, k, v, out, *sums = ctx.saved_tensors
+        buckets, causal, scale = ctx.how
+        grads = [torch.empty_like(states) for states in (q, k, v)]
+        pieces = _pieces(buckets, dout.float(), q, k, v, out)
+        for (place, *piece), logsumexp in zip(pieces, sums, strict=True):
+            found = _flash_backward(*piece, logsumexp, 0.0, causal, scale=scale)
+            for grad, part in zip(grads, found, strict=True):
+                _piece(grad, *place).copy_(part)
+        return *(grad.to(ctx.dtype) for grad in grads), None, None, None
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _piece(states: Tensor, start: int, count: int, length: int) -> Tensor:
+    """``[T, heads, dim]`` to ``[count, heads, length, dim]`` of the documents from a token on."""
+    return states[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
+
+
+def _pieces(buckets: list[tuple[int, int]], *states: Tensor) -> Iterator[tuple]:
+    start = 0
+    for count, length in buckets:
+        place = (start, count, length)
+        yield place, *(_piece(each, *place) for each in states)
+        start += count * length
 
 
 def _bucket(
