@@ -11,7 +11,7 @@ from lorica import LoRA
 from lorica.data import Example, collate
 from lorica.fast import Fast
 from lorica.kernels.documents import Documents, documents
-from lorica.train.passes import Passes
+from lorica.passes import Passes
 from tiny import stir
 
 LENGTHS = (12, 7, 5, 9, 7)

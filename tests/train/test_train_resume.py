@@ -39,7 +39,8 @@ def crash_at(count):
 
 def outcome(path):
     """All that a run leaves, times aside: adapters to the byte, logs without what the clock says."""
-    clock = {"elapsed", "seconds", "memory", "run", "peak_rss_bytes", "peak_bytes"}
+    clock = {"elapsed", "seconds", "memory", "run", "peak_rss_bytes", "peak_bytes", "predicted_bytes"}
+    clock |= {"predicted_seconds", "available_bytes"}
     logs = {
         name: [
             {key: value for key, value in event.items() if key not in clock}

@@ -17,10 +17,11 @@ from accelerate import Accelerator
 import lorica
 from lorica import LoRA, TrainSettings
 from lorica.data import Example, Sampler, collate, encode
-from lorica.train.examples import cut, labels_in, packs
+from lorica.data.pack import packs
+from lorica.passes import WAYS, Passes
+from lorica.train.examples import cut, labels_in
 from lorica.train.loop import updates
 from lorica.train.optimizer import Optimizer
-from lorica.train.passes import WAYS, Passes
 
 RAGGED = [
     Example([0, 5, 6, 7, 8, 9, 1], [False] * 6 + [True]),

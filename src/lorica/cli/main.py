@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "eval": "loss and exact match with confidence intervals, side by side",
     "merge": "fold an adapter into its model, verified",
     "show": "what is in this model, adapter, run, or folder of adapters",
+    "plan": "will it fit, how long will it take",
     "data": "what the model will see of DATA, loss tokens marked",
     "plot": "curves of one or more runs",
     "doctor": "this machine, this install",

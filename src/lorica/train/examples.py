@@ -11,14 +11,9 @@ from typing import Any
 
 from lorica import data as rows_of
 from lorica.data import Encoded, Example, Record, Records
+from lorica.data.pack import MICRO_TOKENS
 from lorica.errors import LoricaError
 from lorica.train.settings import TrainSettings
-
-# Enough rows for a matrix product to be efficient, while fp32 logits over 50,000 tokens stay at 0.4 GB.
-MICRO_TOKENS = 2048
-# On a CPU more does not make a product faster, and what no longer fits its cache is read again: measured, 512 took
-# three fifths of the time of one batch of 800.
-CPU_MICRO_TOKENS = 512
 
 
 @dataclass
@@ -72,34 +67,6 @@ def prepare(data: Any, tok: Any, settings: TrainSettings) -> Prepared:
     if not train:
         raise LoricaError("the data has no example to train on")
     return Prepared(train, held[: settings.eval_rows or None], len(held), source, list(dict.fromkeys(notes)))
-
-
-def packs(
-    batch: Sequence[Example], micro: int | None, processes: int = 1, tokens: int = MICRO_TOKENS
-) -> list[list[int]]:
-    """Divide one update's examples into packs of at most `tokens` tokens and `micro` examples; places in `batch`.
-
-    As few packs as do, equally full: the longest first, each to the emptiest pack. All `processes` get equally many,
-    taking every `processes`-th; an empty one fills up.
-    """
-    lengths = [len(example.ids) for example in batch]
-    rows = min(micro or len(batch), math.ceil(len(batch) / processes))
-    count = max(math.ceil(sum(lengths) / tokens), math.ceil(len(batch) / rows))
-    while True:
-        pieces = _spread_out(lengths, count, rows)
-        if count >= len(batch) or all(sum(lengths[i] for i in piece) <= tokens or len(piece) == 1 for piece in pieces):
-            return pieces + [[] for _ in range(-len(pieces) % processes)]
-        count += 1
-
-
-def _spread_out(lengths: Sequence[int], count: int, rows: int) -> list[list[int]]:
-    pieces: list[list[int]] = [[] for _ in range(count)]
-    held = [0] * count
-    for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        emptiest = min((k for k in range(count) if len(pieces[k]) < rows), key=held.__getitem__)
-        pieces[emptiest].append(place)
-        held[emptiest] += lengths[place]
-    return pieces
 
 
 def cut(batch: Sequence[Example], micro: int | None, processes: int = 1, tokens: int = MICRO_TOKENS) -> list[list[int]]:

@@ -38,9 +38,18 @@ def header(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("steps", f"{facts['steps']:,} = {facts['epochs']:g} epochs, {facts['batch']:,} examples each"),
         ("lr", f"{facts['lr']:g} {facts['schedule']}   {facts['lr_from']}   seed {facts['seed']}"),
+        *(_planned(facts)),
         *((("out", facts["run"]),) if "run" in facts else ()),
         *(("note", note) for note in facts["notes"]),
     ]
+
+
+def _planned(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not facts.get("predicted_bytes"):
+        return []
+    kept = ", activations computed again" if facts["checkpointing"] else ""
+    took = f", about {duration(facts['predicted_seconds'])} of updates" if facts["predicted_seconds"] else ""
+    return [("plan", f"{size(facts['predicted_bytes'])} of {size(facts['available_bytes'])}{took}{kept}")]
 
 
 def show_header(console: Console, title: str, facts: Mapping[str, Any]) -> None:

@@ -35,8 +35,8 @@ class TrainSettings:
     """Which layers: a preset (all-linear, attention, qv, mlp, paper), names, globs or re:REGEX, with commas between."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """How alpha becomes the scale."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """How the factor A starts; B starts at zero, so step 0 is the base model."""
+    init: Literal["kaiming", "gaussian", "loftq"] = "kaiming"
+    """How A starts; B starts at zero, so step 0 is the base model. loftq: both make up for what --quantize took."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases trained beside the update: none, all, or those of the targets."""
     ranks: str = ""
@@ -73,6 +73,10 @@ class TrainSettings:
     """Examples per update."""
     micro: int | None = None
     """Examples per forward pass; changes memory and speed, not the result. Default: 2,048 tokens (CPU: 512)."""
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Compute activations again instead of keeping them, which costs a third of the time: auto only if it must be."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over the vocabulary."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the rate goes from its peak: linear or cosine to zero, or constant."""
     warmup: float = 0.05
@@ -102,6 +106,8 @@ class TrainSettings:
     """Seed of the factor A, the order of the rows and dropout."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the base: auto is bf16 where the device computes it natively, else fp32."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Keep the frozen linear layers in 4 bits (nf4) or 8 (int8), by bitsandbytes; --dtype auto is bf16 then."""
     device: str = "auto"
     """Where to train: auto, cpu, cuda, cuda:1, mps."""
 
@@ -136,11 +142,15 @@ _NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
 _RULES = (
     *((name, *_POSITIVE) for name in ("rank", "lr", "epochs", "steps", "batch", "micro", "eval_every", "sample_len")),
     *((name, *_NOT_NEGATIVE) for name in ("clip", "weight_decay", "eval_rows", "sample", "early_stop", "save_every")),
-    *((name, lambda value: 0 <= value < 1, "at least 0 and below 1") for name in ("dropout", "held_out", "warmup")),
+    *(
+        (name, lambda value: 0 <= value < 1, "at least 0 and below 1")
+        for name in ("dropout", "held_out", "warmup", "label_smoothing")
+    ),
     ("alpha", math.isfinite, "a finite number"),
     ("max_len", lambda value: value >= 2, "2 or more"),
     ("betas", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)"),
     ("schedule", lambda value: value in ("linear", "cosine", "constant"), "linear, cosine or constant"),
+    ("checkpointing", lambda value: value in ("auto", "on", "off"), "auto, on or off"),
     ("keep", lambda value: value in ("all", "adapter"), "all or adapter"),
     ("method", lambda value: value == "lora", "lora"),
 )

@@ -18,12 +18,13 @@ from lorica import __version__, evaluate, patch
 from lorica.adapter import Adapter
 from lorica.data import Sampler
 from lorica.errors import all_faults
+from lorica.passes import Passes
 from lorica.train import folder, guards, state
 from lorica.train.examples import Prepared, question_and_answer
+from lorica.train.forecast import arranged, forecast
 from lorica.train.loop import Update, updates
 from lorica.train.memory import peak_bytes
 from lorica.train.optimizer import Optimizer
-from lorica.train.passes import Passes
 from lorica.train.settings import TrainSettings, number_of_steps
 from lorica.train.setup import about, facts
 
@@ -57,6 +58,7 @@ class Sitting:
         self.every = self.settings.eval_every
         self.steps = number_of_steps(self.settings, len(self.data.train))
         self.main = self.accelerator.is_main_process
+        self.ahead = forecast(self.model, self.data, self.settings)
         self.device = next(self.model.parameters()).device
         self.meta = about(self.model, self.tok)
         self.wrapped = self.accelerator.prepare_model(self.model)
@@ -74,6 +76,10 @@ class Sitting:
         else:
             self._continue(*saved)
         watch = guards.Gradients(self.parameters)
+        with arranged(self.model, self.ahead):
+            return self._train(stop, watch)
+
+    def _train(self, stop: Stop, watch: guards.Gradients) -> bool:
         try:
             for update in self._updates():
                 watch.check(last=update.step == self.steps)
@@ -94,7 +100,7 @@ class Sitting:
 
     def facts(self) -> dict[str, Any]:
         """See `setup.facts`."""
-        return facts(self.model, self.tok, self.data, self.settings)
+        return facts(self.model, self.tok, self.data, self.settings) | self.ahead.facts()
 
     def log(self, name: str, event: Mapping[str, Any]) -> None:
         """Add an event to a log and pass it on; the main process only."""
@@ -155,7 +161,9 @@ class Sitting:
             return iter(())
         pads = (self.tok.pad_token_id, self.tok.eos_token_id, 0)
         pad = next(token for token in pads if token is not None)
-        passes = Passes(self.accelerator.unwrap_model(self.wrapped), self.data.train, pad)
+        passes = Passes(
+            self.accelerator.unwrap_model(self.wrapped), self.data.train, pad, self.settings.label_smoothing
+        )
         if passes.note and not self.here.step:
             self.log(folder.METRICS, {"kind": "note", "text": passes.note})
         return updates(

@@ -1,0 +1,151 @@
+"""`lorica plan MODEL [DATA]`: will it fit, how long will it take, and what to change if it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from lorica.cli.parse import Common
+from lorica.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from lorica.plan import Prediction, Work
+
+
+@dataclass(kw_only=True)
+class Settings(TrainSettings, Common):
+    """Memory and time of a training before anything is loaded, from shapes alone; the settings are those of train."""
+
+    model: tyro.conf.Positional[str]
+    """A built-in alias, a folder, a .gguf file, a hub id, or gpt3-175b, the largest model of the paper."""
+    data: tyro.conf.Positional[str] = ""
+    """What would be trained on; without it, rows of --len tokens."""
+    len: int = 512
+    """Tokens of a row, without DATA; all of them are predicted then."""
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Predict, print; returns everything as one object for `--json`."""
+    import psutil
+
+    from lorica import plan
+    from lorica.cli.terminal import size, table
+    from lorica.train.setup import method_of
+
+    config = plan.config_of(settings.model)
+    method = method_of(settings)
+    work, steps, note = _work(settings, config, method)
+    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    found, fits = plan.fitting(config, work, available)
+    work = dataclasses.replace(work, checkpointing=found.checkpointing)
+    every = {f"{settings.method} r {settings.rank}, {settings.targets}, {work.dtype}": work} | _others(work)
+    rows = {name: plan.predict(config, each, peak=plan.gemm_peak(each.dtype)) for name, each in every.items()}
+    found = next(iter(rows.values()))
+    changes = [] if fits else plan.advice(config, work, available)
+    told = {
+        "model": settings.model,
+        "parameters": found.parameters,
+        "trainable": found.trainable,
+        "available_bytes": available,
+        "fits": fits,
+        "steps": steps,
+        "update_tokens": found.tokens,
+        "gemm_flops": plan.gemm_peak(work.dtype),
+        "plans": {name: _plain(each, steps) for name, each in rows.items()},
+        "advice": [{"change": flag, "total_bytes": total} for flag, total in changes],
+    }
+    claims = plan.gpt3_claims() if settings.model == plan.GPT3 else []
+    if claims:
+        told["paper"] = [dict(zip(("what", "how", "number", "paper"), claim, strict=True)) for claim in claims]
+    if settings.json:
+        return told
+    head = ("", "weights", "trained", "gradients", "Adam", "activations", "process", "in all", "an update")
+    table(head, [_row(name, each) for name, each in rows.items()])
+    _say_rest(settings, told, found, note, size)
+    for what, how, number, paper in claims:
+        _say_claim(what, how, number, paper)
+    return told
+
+
+def _work(settings: Settings, config: Any, method: Any) -> tuple[Work, int | None, str]:
+    """The work of one update, the number of updates where there is data, and where the lengths came from."""
+    from lorica import models, plan
+    from lorica.train.examples import prepare
+    from lorica.train.settings import number_of_steps
+
+    if settings.data:
+        prepared = prepare(settings.data, models.load_tokenizer(settings.model), settings)
+        work = plan.work_of(config, settings, prepared.train, method)
+        lengths = sorted(map(lambda example: len(example.ids), prepared.train))
+        note = f"its {settings.batch} longest rows of {len(lengths):,}, {lengths[-1]:,} tokens and less"
+        return work, number_of_steps(settings, len(prepared.train)), note
+    examples = [plan.row(settings.len)] * settings.batch
+    return plan.work_of(config, settings, examples, method), None, f"{settings.batch} rows of {settings.len:,} tokens"
+
+
+def _others(work: Work) -> dict[str, Work]:
+    """What else could be done: the same in other formats, with activations computed again, and full fine-tuning."""
+    found = {"  with checkpointing": dataclasses.replace(work, checkpointing=True)}
+    if work.dtype == "fp32":
+        found["  on a bf16 base"] = dataclasses.replace(work, dtype="bf16")
+    if work.quantize == "none":
+        found["  on an int8 base"] = dataclasses.replace(work, quantize="int8", dtype="bf16")
+        found["  on an nf4 base"] = dataclasses.replace(work, quantize="nf4", dtype="bf16")
+    found[f"full fine-tuning, {work.dtype}"] = dataclasses.replace(work, method=None, quantize="none")
+    return found
+
+
+def _row(name: str, found: Prediction) -> tuple[str, ...]:
+    from lorica.cli.terminal import size
+
+    memory = found.memory
+    parts = (memory.weights, memory.trained, memory.gradients, memory.optimizer, memory.activations, memory.process)
+    return (name, *(size(part) for part in parts), size(memory.total), _time(found.seconds))
+
+
+def _plain(found: Prediction, steps: int | None) -> dict[str, Any]:
+    whole = {"seconds": found.seconds * steps} if steps and found.seconds else {}
+    return dataclasses.asdict(found) | {"total_bytes": found.memory.total} | {"run": whole}
+
+
+def _say_rest(settings: Settings, told: dict[str, Any], found: Prediction, note: str, size: Any) -> None:
+    from lorica.cli.terminal import say
+
+    share = found.trainable / found.parameters
+    say()
+    say(f"{'model':<8}{found.parameters:,} parameters, {found.trainable:,} trained ({share:.3%})")
+    say(f"{'update':<8}{note}: {found.tokens:,} tokens, {found.flops / 1e9:,.0f} GFLOP")
+    if found.seconds and told["steps"]:
+        say(f"{'run':<8}{told['steps']:,} updates, at most {_time(found.seconds * told['steps'])}")
+    words = "fits" if told["fits"] else "does not fit"
+    how = " with checkpointing" if found.checkpointing else ""
+    say(f"{'memory':<8}{words}{how}: {size(found.memory.total)} of {size(told['available_bytes'])}")
+    for change in told["advice"]:
+        say(f"{'':<8}{change['change']:<20}{size(change['total_bytes'])}")
+    if told["fits"] and settings.data:
+        say(f"next:  {shlex.join(['lorica', 'train', settings.model, settings.data])}")
+    elif told["fits"]:
+        say(f"next:  lorica plan {shlex.quote(settings.model)} DATA")
+
+
+def _say_claim(what: str, how: str, number: float, paper: str) -> None:
+    from lorica.cli.terminal import say
+
+    shown = f"{number:,.0f}"
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= scale:
+            shown = f"{number / scale:,.1f} {unit}"
+            break
+    say(f"{what:<20}{shown:>10}   {how:<52} paper: {paper}")
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
