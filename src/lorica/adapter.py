@@ -36,8 +36,8 @@ class Adapter:
         method: the settings; with a target's path they give its rank and scale.
         targets: the matrices it changes.
         tensors: fp32 by canonical name (see `patch.trainable`).
-        meta: text about it: `base_model`, `base_fingerprint`, `task_type`, and what the trainer adds (`chat_template`,
-            `stop_tokens`, ...).
+        meta: text about it: `base_model`, `base_fingerprint`, `task_type`, `quantize` if the base was packed (`nf4`,
+            `int8`), and what the trainer adds (`chat_template`, `stop_tokens`, ...).
     """
 
     method: LoRA
@@ -56,7 +56,7 @@ class Adapter:
             "base_fingerprint": patch.fingerprint(model),
             "task_type": next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), ""),
             "target_modules": json.dumps(_short_names(model, paths)),
-        }
+        } | ({"quantize": packing} if (packing := patch.packing(model)) else {})
         tensors = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in record.tensors().items()}
         about = MappingProxyType(known | dict(meta or {}))
         return cls(record.method, tuple(record.targets), MappingProxyType(tensors), about)
@@ -99,7 +99,9 @@ class Adapter:
             assert storage is not None
             targets.append(dataclasses.replace(target, storage=storage.name, shape=storage.shape(layer)))
         if targets:
-            patched = patch.inject(model, self.method, targets, name)
+            # Its tensors replace what an initialiser makes, and loftq's costs a second copy of the base.
+            method = dataclasses.replace(self.method, init="kaiming") if self.method.init == "loftq" else self.method
+            patched = patch.inject(model, method, targets, name)
             own = patch.trainable(model, name)
             faults += [f"missing  {key}" for key in own if key not in self.tensors]
             faults += [

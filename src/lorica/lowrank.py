@@ -32,6 +32,8 @@ INITS: dict[str, Callable[[Tensor], Tensor]] = {
     "kaiming": lambda A: nn.init.kaiming_uniform_(A, a=math.sqrt(5)),
     # "a random Gaussian initialization for A" (section 4.1); its width is not given there, 1/r is PEFT's.
     "gaussian": lambda A: nn.init.normal_(A, std=1 / A.shape[0]),
+    # Where the base is not quantized, so that nothing was taken away; elsewhere `LowRank.make_up_for` follows.
+    "loftq": lambda A: nn.init.kaiming_uniform_(A, a=math.sqrt(5)),
 }
 BIASES = ("none", "all", "lora_only")
 
@@ -96,6 +98,13 @@ class LowRank(nn.Module):
         self._grow(W.shape[1])
         return W + self.delta().to(W.device)
 
+    def make_up_for(self, lost: Tensor) -> None:
+        """Start at the best approximation of what the layer's matrix lost, ``W - Q [out, in]`` (`loftq`)."""
+        lost = lost[slice(*self.rows)] if self.rows else lost
+        if lost.any():
+            A, B = best_factors(lost / self.scale, self.r)
+            self.A.data[: len(A)], self.B.data[:, : len(A)] = A.to(self.A), B.to(self.B)
+
     def silent(self) -> bool:
         """Whether the patch still changes nothing: one of its factors is all zero."""
         return not (self.A.any() and self.B.any())
@@ -107,6 +116,22 @@ class LowRank(nn.Module):
         # An embedding may get more rows after the patch was made; a zero column of A leaves a new row as it is.
         if in_features > self.A.shape[1]:
             self.A.data = nn.functional.pad(self.A.data, (0, in_features - self.A.shape[1]))
+
+
+def best_factors(D: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """``A [r, in]`` and ``B [out, r]`` in fp32 of which ``B A`` is the best approximation of ``D [out, in]``.
+
+    As the singular value decomposition gives it (Eckart, Young), each rank's size shared between the factors; but from
+    the eigenvectors of the smaller Gram matrix, at a third of the cost. r is at most the smaller side of D.
+    """
+    D = D.float()
+    if D.shape[0] < D.shape[1]:
+        B, A = best_factors(D.T, r)
+        return A.T, B.T
+    V = torch.linalg.eigh(D.T @ D).eigenvectors[:, -r:].flip(-1)
+    U = D @ V
+    root = U.norm(dim=0).clamp_min(torch.finfo(U.dtype).tiny).sqrt()
+    return (V * root).T, U / root
 
 
 class TiedLowRank(nn.Module):
@@ -140,7 +165,8 @@ class LoRA:
         alpha: the scale is ``alpha / r``; a number, not tuned in the paper but set to the first r tried (section 4.1).
         dropout: on the input of A.
         scaling: ``alpha/r``, or ``alpha/sqrt(r)``, which keeps the update's size as r grows (rsLoRA, arXiv 2312.03732).
-        init: how A starts, `kaiming` or `gaussian`; B starts at zero.
+        init: how A starts, `kaiming` or `gaussian`, while B starts at zero; or `loftq`: both start at what quantizing
+            the base took away (arXiv 2310.08659), the base as it is packed, for a model that `load` quantized.
         bias: train no biases, `all` of the model's, or those of the patched layers (`lora_only`).
         ranks, alphas: other values for some targets; a key is a regex that must match the end of the layer's path
             from a dot on, as PEFT's rank_pattern, and the first that does counts.
@@ -205,8 +231,11 @@ class LoRA:
         tie = _Ends(model)
         if self.tied and not (tie.tied and tie.embedding in [target.path for target in targets]):
             raise all_faults("tied=True needs a tied embedding among the targets:", [tie.say()])
+        whole = self._unpacked(model, targets) if self.init == "loftq" else None
         for target in targets:
             patch = LowRank(target, self.rank_of(target.path), self.scale_of(target.path), self.dropout, self.init)
+            if whole is not None and target.storage in weights.PACKED:
+                patch.make_up_for(weights.lost(model, whole, target.path))
             yield target.path, target.part or "lora", patch
             if self.tied and target.path == tie.embedding:
                 yield tie.head, "lora_tied", TiedLowRank(patch)
@@ -240,16 +269,37 @@ class LoRA:
             chosen.update(dict.fromkeys(found))
         return list(chosen)
 
+    def _unpacked(self, model: nn.Module, targets: Sequence[Target]) -> nn.Module:
+        """The model as it was before it was quantized; raises for one of which that cannot be had."""
+        faults = [
+            f"the scale is {self.scale_of(target.path):g} at {target.path}: nothing can be made up for"
+            for target in targets
+            if not self.scale_of(target.path)
+        ]
+        if not any(target.storage in weights.PACKED for target in targets):
+            faults.append("none of the targets is quantized: lorica.load(..., quantize='nf4')")
+        whole = None if faults else weights.unpacked(model)
+        if whole is None and not faults:
+            faults.append("the weights as they were are not known: quantize with lorica.load(..., quantize='nf4')")
+        if faults:
+            raise all_faults("init='loftq' starts from what quantizing took away:", faults)
+        assert whole is not None
+        return whole
+
     def _token_rows(self, model: nn.Module, tie: _Ends) -> Iterator[tuple[str, str, nn.Module]]:
         if not tie.embedding:
             raise all_faults("token_rows needs a model with an input embedding:", [f"{type(model).__name__} has none"])
-        source = TokenRows(model.get_submodule(tie.embedding), self.token_rows)
+        source = self._rows_of(model.get_submodule(tie.embedding))
         yield tie.embedding, "tokens", source
         if tie.tied:
             yield tie.head, "tokens_tied", TiedTokenRows(source)
         elif tie.head:
             # Without its output row a new token could be read but never written.
-            yield tie.head, "tokens", TokenRows(model.get_submodule(tie.head), self.token_rows)
+            yield tie.head, "tokens", self._rows_of(model.get_submodule(tie.head))
+
+    def _rows_of(self, layer: nn.Module) -> TokenRows:
+        with weights.at_hand(layer):
+            return TokenRows(layer, self.token_rows)
 
 
 class _Ends:
@@ -262,6 +312,8 @@ class _Ends:
         self.embedding = paths.get(id(embedding), "")
         self.head = paths.get(id(head), "")
         self.tied = embedding is not None and head is not None and embedding.weight is head.weight
+        if head is not None and weights.offloaded(head):  # each of the tied has a placeholder of its own
+            self.tied = f"{self.head}.weight" in (getattr(model, "all_tied_weights_keys", None) or ())
 
     def say(self) -> str:
         return f"{self.embedding} and {self.head} are tied" if self.tied else "this model ties nothing"

@@ -11,7 +11,19 @@ from torch import Tensor, nn
 
 from lorica import weights
 from lorica.errors import LoricaError
-from lorica.state import State, activate, forget, known, live, place, remove, require, restore_base, set_active
+from lorica.state import (
+    State,
+    activate,
+    change,
+    forget,
+    known,
+    live,
+    place,
+    remove,
+    require,
+    restore_base,
+    set_active,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,7 @@ class MergeReport:
         layers: merged layers.
         kept_bytes: memory that keeping the replaced weights costs, the price of an exact `unmerge`.
         untied_bytes: size that the model gained because one side of a tied matrix changed.
+        unpacked: layers that were packed (nf4, int8) and are ordinary ones now, in the number format of the rest.
         max_logit_diff: largest absolute difference of the outputs before and after on the probe; None if not checked.
         same_top: share of positions whose largest output stayed the same.
     """
@@ -29,6 +42,7 @@ class MergeReport:
     layers: int
     kept_bytes: int
     untied_bytes: int = 0
+    unpacked: int = 0
     max_logit_diff: float | None = None
     same_top: float | None = None
 
@@ -49,21 +63,25 @@ def merge(
     name = known(state, name or state.active)
     if not keep and len(state.adapters) > 1:
         raise LoricaError("merge(keep=False) changes the base for good; eject the other adapters first")
+    _refuse_offloaded(model, state, name)
     if state.active != name:
         activate(model, state, name)
     probe = check if isinstance(check, dict) else _probe(model) if check else None
     before = _outputs(model, probe)
-    size = _bytes(parameter for _, parameter in live(model))
-    layers = _fold(model, state, name, keep)
-    now = {id(parameter): parameter for _, parameter in live(model)}
-    kept = _bytes(parameter for parameter in state.base.values() if id(parameter) not in now) if keep else 0
+    size = _bytes(live(model))
+    unpacked, grown = _fold(model, state, name, keep)
+    now = {id(parameter) for _, parameter in live(model)}
+    kept = {id(old): (model.get_submodule(key.rpartition(".")[0]), old) for key, old in state.base.items()}
+    kept_bytes = sum(weights.nbytes(*each) for key, each in kept.items() if keep and key not in now)
+    untied = _bytes(live(model)) - size - grown
     set_active(model, state, None)
     state.merged = name
     difference, same_top = _compare(before, _outputs(model, probe))
+    layers = len({path for path, _ in state.adapters[name].patches})
     if not keep:
         remove(model, state, name)
         forget(model, state)
-    return MergeReport(layers, kept, _bytes(now.values()) - size, difference, same_top)
+    return MergeReport(layers, kept_bytes, untied, len(unpacked), difference, same_top)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -76,47 +94,89 @@ def unmerge(model: nn.Module) -> None:
     activate(model, state, name)
 
 
-def _bytes(parameters: Iterable[Tensor]) -> int:
-    return sum(parameter.nbytes for parameter in {id(parameter): parameter for parameter in parameters}.values())
+def _refuse_offloaded(model: nn.Module, state: State, name: str) -> None:
+    away = {path for path, _ in state.adapters[name].patches if weights.offloaded(model.get_submodule(path))}
+    if away:
+        raise LoricaError(
+            f"{len(away)} of the patched layers are offloaded ({min(away)}, ...), where a merged weight cannot be put:"
+            " save the adapter, load the model on one device (device='cpu' will do), apply and merge it there"
+        )
 
 
-def _fold(model: nn.Module, state: State, name: str, keep: bool) -> int:
+def _bytes(parameters: Iterable[tuple[str, Tensor]]) -> int:
+    return sum(parameter.nbytes for parameter in {id(parameter): parameter for _, parameter in parameters}.values())
+
+
+def _fold(model: nn.Module, state: State, name: str, keep: bool) -> tuple[list[str], int]:
+    """Put merged weights in the places of the base's. A packed model becomes an ordinary one, all of it.
+
+    Returns the layers that were packed, and the bytes that they have gained.
+    """
     owners: dict[int, list[str]] = {}
     for key, parameter in live(model):
         owners.setdefault(id(parameter), []).append(key)
     by_layer: dict[str, list[Any]] = {}
     for (path, _), patch in state.adapters[name].patches.items():
         by_layer.setdefault(path, []).append(patch)
+    packed = [path for path, layer in model.named_modules() if (kind := weights.storage(layer)) and kind.packed]
     folded: dict[str, nn.Parameter] = {}
-    for path, patches in by_layer.items():
+    grown = 0
+    for path in dict.fromkeys([*by_layer, *packed]):
         layer = model.get_submodule(path)
         storage = weights.storage(layer)
         assert storage is not None
         W = storage.read(layer)
-        for patch in patches:
+        for patch in by_layer.get(path, ()):
             W = patch.fold(layer, W)
-        key, old = f"{path}.weight", layer.weight
-        folded[key] = nn.Parameter(storage.as_stored(layer, W), requires_grad=False)
+        key, old = f"{path}.weight", layer.get_parameter("weight")
+        new = storage.as_stored(layer, W, _dtype(model) if storage.packed else None)
+        folded[key] = nn.Parameter(new, requires_grad=False)
         if keep:
-            state.base[key] = old  # type: ignore[assignment]
+            state.base[key] = old
         place(model, {key: folded[key]})
+        if storage.packed:
+            _unpack(state, layer, keep)
+            grown += new.nbytes - old.nbytes
+    if packed:
+        _forget_quantizer(model, state)
     for tied in (keys for keys in owners.values() if len(keys) > 1 and any(key in folded for key in keys)):
         if all(key in folded and torch.equal(folded[key], folded[tied[0]]) for key in tied):
             place(model, dict.fromkeys(tied, folded[tied[0]]))
         else:
             _untie(model, state, tied)
-    return len(by_layer)
+    return packed, grown
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The number format that a model computes in: of the first of its parameters that is not packed."""
+    found = (parameter.dtype for _, parameter in live(model) if parameter.is_floating_point())
+    return next(found, torch.bfloat16)
+
+
+def _unpack(state: State, layer: nn.Module, keep: bool) -> None:
+    """Make a packed layer one whose weight is 16-bit; `place` gives it the weight."""
+    for key, value in weights.plain(layer).items():
+        change(state, layer, key, value)
+    for leftover in () if keep else weights.PACKING:
+        vars(layer).pop(leftover, None)
+
+
+def _forget_quantizer(model: nn.Module, state: State) -> None:
+    """Let transformers treat the model as one that was never quantized, and save it so."""
+    config = getattr(model, "config", None)
+    for owner, key in (
+        (config, "quantization_config"),
+        *((model, key) for key in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")),
+    ):
+        if hasattr(owner, key):
+            change(state, owner, key)
 
 
 def _untie(model: nn.Module, state: State, tied: list[str]) -> None:
-    changes: list[tuple[Any, str, Any]] = []
     if (config := getattr(model, "config", None)) is not None and hasattr(config, "tie_word_embeddings"):
-        changes.append((config, "tie_word_embeddings", False))
+        change(state, config, "tie_word_embeddings", False)
     if (keys := getattr(model, "all_tied_weights_keys", None)) is not None:
-        changes.append((model, "all_tied_weights_keys", {k: v for k, v in keys.items() if k not in tied}))
-    for owner, key, value in changes:
-        state.config.append((owner, key, getattr(owner, key)))
-        setattr(owner, key, value)
+        change(state, model, "all_tied_weights_keys", {k: v for k, v in keys.items() if k not in tied})
 
 
 def _probe(model: nn.Module) -> dict[str, Tensor] | None:

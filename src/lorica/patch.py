@@ -15,6 +15,7 @@ undoing either puts the kept object back, so nothing is ever computed back to wh
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,18 +24,18 @@ from typing import Protocol
 from torch import nn
 
 from lorica import weights
-from lorica.errors import LoricaError
+from lorica.errors import LoricaError, all_faults
 from lorica.merging import MergeReport, merge, unmerge
 from lorica.state import (
     Installed,
     State,
     activate,
+    base_in_place,
     base_parameters,
     forget,
     hide_from_save_pretrained,
     known,
     patches_of,
-    place,
     remove,
     require,
     set_active,
@@ -56,6 +57,7 @@ __all__ = [
     "inject",
     "installed",
     "merge",
+    "packing",
     "select",
     "trainable",
     "unmerge",
@@ -100,6 +102,7 @@ def inject(
         raise LoricaError(f"an adapter cannot be called {name!r}: use letters, digits, _ and -, and no method's name")
     if state.merged:
         raise LoricaError(f"adapter {state.merged!r} is merged; unmerge it before another is injected")
+    weights.keep_packing(model)
     chosen = resolve(model, targets)
     made = list(method.patches(model, chosen))
     selected = _copies(model, method.selects(model, chosen))
@@ -111,7 +114,7 @@ def inject(
     patches: dict[tuple[str, str], nn.Module] = {}
     for path, part, patch in made:
         layer = model.get_submodule(path)
-        patches[path, part] = patch.to(layer.get_parameter("weight").device).train(layer.training)
+        patches[path, part] = patch.to(weights.device(layer)).train(layer.training)
         patches_of(layer).parts_of(name)[part] = patch
     state.adapters[name] = Installed(method, chosen, patches, selected)
     hide_from_save_pretrained(model)
@@ -148,14 +151,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """The base model for the length of a block, merged or not."""
     state = require(model)
     name = state.active
-    ours = {name: model.get_parameter(name) for name in state.base}
-    place(model, state.base)
-    set_active(model, state, None)
-    try:
-        yield
-    finally:
-        place(model, ours)
-        set_active(model, state, name)
+    with base_in_place(model, state):
+        set_active(model, state, None)
+        try:
+            yield
+        finally:
+            set_active(model, state, name)
 
 
 def adapters(model: nn.Module) -> list[str]:
@@ -183,7 +184,10 @@ def count(model: nn.Module, name: str | None = None) -> Count:
     """How many parameters an adapter trains, and how many the base has."""
     return Count(
         sum(parameter.numel() for parameter in trainable(model, name).values()),
-        sum(parameter.numel() for parameter in {id(p): p for _, p in base_parameters(model)}.values()),
+        sum(
+            math.prod(weights.shape_of(parameter))
+            for parameter in {id(p): p for _, p in base_parameters(model)}.values()
+        ),
     )
 
 
@@ -195,11 +199,26 @@ def installed(model: nn.Module, name: str | None = None) -> Installed:
 
 def fingerprint(model: nn.Module) -> str:
     """`weights.fingerprint` of the base under whatever is on it."""
-    return weights.fingerprint(base_parameters(model))
+    return weights.fingerprint(
+        (name, model.get_submodule(name.rpartition(".")[0]), parameter) for name, parameter in base_parameters(model)
+    )
+
+
+def packing(model: nn.Module) -> str:
+    """How the base's linear layers are packed, merged or not: `nf4`, `fp4` or `int8`; empty for an ordinary model."""
+    formats = (weights.format_of(parameter) for _, parameter in base_parameters(model))
+    return next((found for found in formats if found in weights.PACKED), "")
 
 
 def _copies(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     """A trainable copy for each name; names that are one tied parameter share theirs."""
-    base = dict(base_parameters(model))
+    base, names = dict(base_parameters(model)), list(names)
+    faults = [
+        f"{name} is {'offloaded' if base[name].is_meta else 'packed as ' + weights.format_of(base[name])}"
+        for name in names
+        if base[name].is_meta or not base[name].is_floating_point()
+    ]
+    if faults:
+        raise all_faults("these parameters cannot be trained whole, only the layers patched:", faults)
     copies = {id(base[name]): nn.Parameter(base[name].detach().clone()) for name in names}
     return {name: copies[id(base[name])] for name in names}

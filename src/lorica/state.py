@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from lorica.errors import LoricaError, nearest
-from lorica.targets import CHILD, Target
+from lorica.targets import CHILD, Target, own_forward
+
+
+class _ABSENT:
+    """Stands for an attribute that is not there; a class, since a copy of it is still itself."""
 
 
 @dataclass
@@ -44,7 +50,7 @@ class State:
     merged: str | None = None
     base: dict[str, nn.Parameter] = field(default_factory=dict)  # the displaced parameters of the base, by name
     trained: dict[str, bool] = field(default_factory=dict)  # requires_grad before the first adapter came
-    config: list[tuple[Any, str, Any]] = field(default_factory=list)  # (owner, attribute, value) that a merge changed
+    settings: list[tuple[Any, str, Any]] = field(default_factory=list)  # (owner, attribute, value) that a merge changed
 
 
 class Patches(nn.ModuleDict):
@@ -120,9 +126,21 @@ def _blank(plain: type[nn.Module]) -> nn.Module:
 def patches_of(layer: nn.Module) -> Patches:
     """A layer's patches; a plain layer becomes a patched one first, with none."""
     if not isinstance(layer, _Patched):
-        layer.__class__ = _patched_class(type(layer))  # type: ignore[arg-type]
+        _become(layer, _patched_class(type(layer)))  # type: ignore[arg-type]
         layer.add_module(CHILD, Patches())
     return getattr(layer, CHILD)
+
+
+def _become(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Change a layer's class.
+
+    accelerate's hooks stand before the forward on the instance and keep the one they lead to as `_old_forward`; taken
+    off, they leave it as `forward`. Either is led to the new class's.
+    """
+    for name in ("forward", "_old_forward"):
+        if own_forward(layer, name):
+            setattr(layer, name, MethodType(kind.forward, layer))
+    layer.__class__ = kind
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -157,9 +175,46 @@ def restore_base(model: nn.Module, state: State) -> None:
     """Put every displaced parameter of the base back, and the settings that went with it."""
     place(model, state.base)
     state.base = {}
-    for owner, key, value in state.config:
+    for owner, key, value in reversed(state.settings):
+        _set(owner, key, value)
+    state.settings = []
+
+
+def change(state: State, owner: Any, key: str, value: Any = _ABSENT) -> None:
+    """Set an attribute, a layer's `__class__` too, or take it away, until the base is restored."""
+    state.settings.append((owner, key, _get(owner, key)))
+    _set(owner, key, value)
+
+
+@contextlib.contextmanager
+def base_in_place(model: nn.Module, state: State) -> Iterator[None]:
+    """The base's own parameters and settings in their places for the length of a block."""
+    ours = {name: model.get_parameter(name) for name in state.base}
+    settings = [(owner, key, _get(owner, key)) for owner, key, _ in state.settings]
+    place(model, state.base)
+    for owner, key, value in state.settings:
+        _set(owner, key, value)
+    try:
+        yield
+    finally:
+        place(model, ours)
+        for owner, key, value in settings:
+            _set(owner, key, value)
+
+
+def _get(owner: Any, key: str) -> Any:
+    if key == "__class__":
+        return plain_class(owner) if isinstance(owner, _Patched) else type(owner)
+    return getattr(owner, key, _ABSENT)
+
+
+def _set(owner: Any, key: str, value: Any) -> None:
+    if key == "__class__":
+        _become(owner, _patched_class(value) if isinstance(owner, _Patched) else value)
+    elif value is _ABSENT:
+        delattr(owner, key)
+    else:
         setattr(owner, key, value)
-    state.config = []
 
 
 def activate(model: nn.Module, state: State, name: str | None) -> None:
@@ -186,7 +241,7 @@ def remove(model: nn.Module, state: State, name: str) -> None:
         del patches[name]
         if not len(patches):
             delattr(layer, CHILD)
-            layer.__class__ = plain_class(layer)
+            _become(layer, plain_class(layer))
     hide_from_save_pretrained(model)
 
 

@@ -16,10 +16,12 @@ Every item must match something: a target that matches nothing would train nothi
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -148,9 +150,27 @@ def refusal(model: nn.Module, path: str) -> str | None:
         return "nn.MultiheadAttention reads this weight itself and never calls the layer; a patch would do nothing"
     if isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2"):
         return "nn.TransformerEncoderLayer skips this layer in its fast path; a patch would do nothing in eval mode"
-    if "forward" in vars(model.get_submodule(path)):
+    return _hidden(model, path)
+
+
+def _hidden(model: nn.Module, path: str) -> str | None:
+    """Why what lies before a layer's forward would hide the patch, or take it away."""
+    layer = model.get_submodule(path)
+    before = vars(layer)
+    inner = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"  # accelerate's hook leads to the former
+    if "forward" in before and not own_forward(layer, inner):
         return "its forward was replaced on the instance (by a hook of another library), which would hide the patch"
+    for above in ["", *itertools.accumulate(path.split(".")[:-1], "{}.{}".format)]:
+        hook = getattr(model.get_submodule(above), "_hf_hook", None)
+        if getattr(hook, "offload", False) and getattr(hook, "place_submodules", False):
+            return f"accelerate offloads {above or 'the model'} as a whole, and would take the patch for a part of it"
     return None
+
+
+def own_forward(layer: nn.Module, name: str = "forward") -> bool:
+    """Whether what lies on the instance under `name` is only its class's own forward."""
+    found = vars(layer).get(name)
+    return isinstance(found, MethodType) and found.__self__ is layer and found.__func__ is type(layer).forward
 
 
 def _resolved(spec: str | Sequence[Any]) -> bool:

@@ -50,6 +50,8 @@ class Settings(Common):
     """A system message for rows without one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the base: auto is bf16 where the device computes it natively, else fp32."""
+    quantize: Literal["auto", "none", "nf4", "int8"] = "auto"
+    """How the base's linear layers are kept: auto is as an adapter was trained."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
 
@@ -64,7 +66,8 @@ def run(settings: Settings) -> int | dict[str, Any]:
     began = time.perf_counter()
     rows, records = _rows(settings)
     with progress(settings.quiet or settings.json) as tell:
-        opened = models.open_thing(settings.x, dtype=settings.dtype, device=settings.device, progress=tell)
+        how = {"dtype": settings.dtype, "device": settings.device, "quantize": settings.quantize}
+        opened = models.open_thing(settings.x, progress=tell, **how)
         job = evaluate.Answering(
             rows,
             [data.prompt_ids(record, opened.tok)[0] for record in records],

@@ -21,6 +21,8 @@ class Settings(Common):
     """The adapter to put on the model, whatever base it names."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the weights: auto is bf16 where the device computes it natively, else fp32."""
+    quantize: Literal["auto", "none", "nf4", "int8"] = "auto"
+    """Fold into the base packed like this, and unpack it: auto is as the adapter was trained."""
     device: str = "auto"
     """Where to merge: auto, cpu, cuda, cuda:1, mps."""
 
@@ -42,6 +44,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
             settings.thing,
             dtype=settings.dtype,
             device=settings.device,
+            quantize=settings.quantize,
             adapter=settings.adapter or None,
             progress=tell,
         )

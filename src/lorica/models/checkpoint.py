@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorica.errors import LoricaError, all_faults
+from lorica.models.packing import Packing
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -33,14 +34,20 @@ _TOKENIZERS = (
 )
 
 
-def read_folder(folder: Path, dtype: torch.dtype, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model on the CPU, in evaluation mode, and its tokenizer; `name` is what errors call the folder."""
+def read_folder(
+    folder: Path, dtype: torch.dtype, name: str, packing: Packing | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in evaluation mode, and its tokenizer; `name` is what errors call the folder.
+
+    It is on the CPU, or where `packing` wants it.
+    """
     check(folder, name)
     with quiet(), refused(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model, found = model_class(config).from_pretrained(
             folder,
             config=config,
+            **(packing.arguments(config, name) if packing else {}),
             dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they are listed with all other faults

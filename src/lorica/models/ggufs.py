@@ -27,6 +27,7 @@ from transformers import (
 
 from lorica.errors import LoricaError
 from lorica.models.checkpoint import model_class, quiet, refused, require_whole
+from lorica.models.packing import Packing
 
 # What the file's `tokenizer.ggml.pre` means where transformers converts it to plain ByteLevel.
 _PRE_TOKENIZERS = {
@@ -43,8 +44,13 @@ _ROLES = {
 _PLAIN = ("", "default", "gpt-2")
 
 
-def read_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model on the CPU, in evaluation mode, and its tokenizer; `name` is what errors call the file."""
+def read_gguf(
+    path: Path, dtype: torch.dtype, name: str, packing: Packing | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in evaluation mode, and its tokenizer; `name` is what errors call the file.
+
+    It is on the CPU, or where `packing` wants it.
+    """
     config, tok = _config_and_tokenizer(path, name)
     with _silent(name):
         packed, found = model_class(config).from_pretrained(
@@ -56,7 +62,7 @@ def read_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[PreTrainedMode
             output_loading_info=True,
         )
         require_whole(found, packed, name)
-        model = _clean(packed, config, dtype, name)
+        model = _clean(packed, config, dtype, name, packing)
     return model, tok
 
 
@@ -89,11 +95,18 @@ def _silent(name: str) -> Iterator[None]:
         yield
 
 
-def _clean(packed: PreTrainedModel, config: PretrainedConfig, dtype: torch.dtype, name: str) -> PreTrainedModel:
-    """The same weights in a model that knows of no quantizer, which would refuse to train and to save."""
+def _clean(
+    packed: PreTrainedModel, config: PretrainedConfig, dtype: torch.dtype, name: str, packing: Packing | None
+) -> PreTrainedModel:
+    """The same weights in a model that knows nothing of GGUF's quantizer, which would refuse to train and to save."""
     kind: Any = type(packed)
     model, found = kind.from_pretrained(
-        None, config=config, state_dict=packed.state_dict(), dtype=dtype, output_loading_info=True
+        None,
+        config=config,
+        state_dict=packed.state_dict(),
+        dtype=dtype,
+        output_loading_info=True,
+        **(packing.arguments(config, name) if packing else {}),
     )
     require_whole(found, model, name)
     model.generation_config = packed.generation_config

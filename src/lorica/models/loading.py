@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from lorica.models.cache import disk_is_full
 from lorica.models.checkpoint import quiet, read_folder
 from lorica.models.ggufs import read_gguf
 from lorica.models.machine import resolve_device, resolve_dtype
+from lorica.models.packing import Packing
 from lorica.models.wheels import Progress
+from lorica.weights import keep_packing
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # A model's files lie at the top of its repository; what is below is the same model for other programs.
@@ -28,6 +31,7 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    quantize: str = "none",
     progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a built-in alias, a folder in transformers' layout, a `.gguf` file or a hub id.
@@ -36,6 +40,8 @@ def load(
         source: in that order of precedence; weights must be safetensors or GGUF, and no code of the model is run.
         dtype: `fp32`, `bf16`, `fp16`, or `auto`: bf16 where the device computes it natively, else fp32.
         device: `auto` (the first GPU, else the CPU), `cpu`, `cuda:1`, ...
+        quantize: keep the linear layers but the output head in `nf4` (4 bits, QLoRA's) or `int8`, by bitsandbytes;
+            with `none` the model is as its files have it. The rest is in `dtype`, for which `auto` is bf16 then.
         progress: called while a built-in model is fetched and converted.
 
     Returns:
@@ -46,13 +52,21 @@ def load(
         LoricaError: no such model, or one that cannot be fetched or opened, or weights that do not fit it.
     """
     device = resolve_device(device)
-    dtype = resolve_dtype(dtype, device)
+    # One answer on every machine: weights rounded otherwise before they are packed would be another base.
+    dtype = torch.bfloat16 if quantize != "none" and dtype == "auto" else resolve_dtype(dtype, device)
+    packing = Packing(quantize, dtype, device)
     path = locate(source, progress)
     name = base_name(source)
     read = read_gguf if path.is_file() else read_folder
-    model, tok = read(path, dtype, name)
+    model, tok = read(path, dtype, name, packing)
     model.config._name_or_path = model.name_or_path = tok.name_or_path = name
-    return model.to(device).eval(), tok  # type: ignore[arg-type]
+    if getattr(model, "hf_quantizer", None) is None:
+        return model.to(device).eval(), tok  # type: ignore[arg-type]
+    keep_packing(model)
+    if quantize != "none":
+        # LoftQ starts from what quantizing took away, and that is known only beside the weights as they were.
+        model._lorica_unpacked = functools.partial(load, source, dtype=dtype, device="cpu")  # type: ignore[assignment]
+    return model.eval(), tok
 
 
 def base_name(source: str | Path) -> str:

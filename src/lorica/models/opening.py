@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorica import patch
+from lorica import patch, weights
 from lorica.adapter import Adapter
 from lorica.errors import LoricaError
 from lorica.models.builtin import BUILTIN
@@ -45,7 +46,7 @@ class Description:
         kind: class of the model.
         parameters: of the base; a tied matrix counts once.
         nbytes: memory of these.
-        dtype: number format of most of these.
+        dtype: number format of most of these, or `nf4`, `fp4`, `int8`.
     """
 
     name: str
@@ -61,6 +62,7 @@ def open_thing(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    quantize: str = "auto",
     adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Opened:
@@ -69,6 +71,7 @@ def open_thing(
     Args:
         thing: a run gives its `best` adapter, else its `last`; an adapter is put on the base model that it names.
         dtype, device, progress: as for `load`.
+        quantize: as for `load`, or `auto`: what an adapter was trained on.
         adapter: an adapter or a run to put on `thing`, which is then the base model whatever the adapter names.
 
     Raises:
@@ -81,11 +84,13 @@ def open_thing(
         base, folder = str(thing), _adapter_folder(adapter)
         if folder is None:
             raise LoricaError(f"{adapter} is neither an adapter nor a run: no {_ADAPTER} in it")
-    if folder is None:
-        model, tok = load(thing, dtype=dtype, device=device, progress=progress)
-        return Opened(model, tok, base_name(thing), None)
-    chosen = Adapter.load(folder)
-    model, tok = _base(chosen, folder, base, dtype, device, progress)
+    chosen = Adapter.load(folder) if folder else None
+    if quantize == "auto":
+        quantize = chosen.meta.get("quantize", "none") if chosen else "none"
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "progress": progress}
+    if chosen is None or folder is None:
+        return Opened(*load(thing, **how), base_name(thing), None)
+    model, tok = _base(chosen, folder, base, **how)
     _warn_if_other_base(chosen, model, folder)
     chosen.apply(model)
     if template := chosen.meta.get("chat_template"):
@@ -110,17 +115,18 @@ def load_tokenizer(thing: str | Path, *, progress: Progress | None = None) -> Pr
 
 def describe(model: PreTrainedModel) -> Description:
     """Name, size and format of a model, whatever adapters are on it."""
-    parameters = {id(parameter): parameter for _, parameter in patch.base_parameters(model)}.values()
+    parameters = {id(parameter): (name, parameter) for name, parameter in patch.base_parameters(model)}.values()
     sizes: dict[str, int] = {}
-    for parameter in parameters:
-        word = str(parameter.dtype).removeprefix("torch.")
-        sizes[word] = sizes.get(word, 0) + parameter.nbytes
+    for name, parameter in parameters:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        word = weights.format_of(parameter)
+        sizes[word] = sizes.get(word, 0) + weights.nbytes(layer, parameter)
     name = model.config._name_or_path
     return Description(
         name=name,
         title=BUILTIN[name].title if name in BUILTIN else Path(name).name,
         kind=type(model).__name__,
-        parameters=sum(parameter.numel() for parameter in parameters),
+        parameters=sum(math.prod(weights.shape_of(parameter)) for _, parameter in parameters),
         nbytes=sum(sizes.values()),
         dtype=max(sizes, key=sizes.__getitem__),
     )
@@ -141,16 +147,12 @@ def _adapter_folder(thing: str | Path, weights: bool = True) -> Path | None:
 
 
 def _base(
-    adapter: Adapter,
-    folder: Path,
-    base: str | None,
-    dtype: str | torch.dtype,
-    device: str | torch.device,
-    progress: Progress | None,
+    adapter: Adapter, folder: Path, base: str | None, **how: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that an adapter goes on, loaded as `how` says."""
     named = base or _base_named(adapter, folder)
     try:
-        return load(named, dtype=dtype, device=device, progress=progress)
+        return load(named, **how)
     except LoricaError as error:
         if base:
             raise
