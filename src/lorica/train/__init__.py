@@ -7,6 +7,7 @@
 5. `state`: save and restore everything (law 6)
 6. `folder`, `report`, `curve`: the run folder, the terminal, the picture
 7. `run`: `train` puts them together
+8. `many`, `member`, `ranking`, `grid`, `search`: several adapters in one pass (`many.train`), ranked; a rate found so
 
 `lorica.train(model, tok, data, settings)` is `run.train`: the package itself can be called.
 """

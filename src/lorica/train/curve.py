@@ -13,6 +13,8 @@ from lorica.train import folder
 
 # Okabe and Ito's palette, told apart by people with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLES = ("-", "--", ":", "-.")  # where there are more runs than colours
+FEW = 3  # runs whose training losses, legend and all fit into one frame
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -31,36 +33,45 @@ def draw(runs: Sequence[str | Path], out: str | Path) -> None:
     logs = {Path(run): folder.read_log(Path(run) / folder.METRICS) for run in runs}
     if empty := [str(run) for run, log in logs.items() if not _of(log, "step")]:
         raise LoricaError(f"no update yet in {', '.join(empty)}")
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    few = len(logs) <= FEW
+    figure = Figure(figsize=(7.2, 4.2) if few else (9.6, max(4.2, 0.22 * len(logs))), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for place, (run, log) in enumerate(logs.items()):
-        _one(axes, log, COLOURS[place % len(COLOURS)], f"{run.resolve().name} " if len(logs) > 1 else "")
+        turn, colour = divmod(place, len(COLOURS))
+        name = f"{run.resolve().name} " if len(logs) > 1 else ""
+        _one(axes, log, COLOURS[colour], STYLES[turn % len(STYLES)], name, few)
     axes.set(xlabel="update", ylabel="loss (nats per token)", xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(
+        frameon=False, fontsize=9 if few else 7, **({} if few else {"loc": "upper left", "bbox_to_anchor": (1, 1)})
+    )
     axes.set_title(_title(logs), loc="left", fontsize=10)
     picture = io.BytesIO()
     figure.savefig(picture, format=out.suffix[1:])
     write_atomic(out, picture.getvalue())
 
 
-def _one(axes: Any, log: list[dict[str, Any]], colour: str, name: str) -> None:
-    """One run; `name` is empty where it is the only one, and each update is then shown too."""
+def _one(axes: Any, log: list[dict[str, Any]], colour: str, style: str, name: str, few: bool) -> None:
+    """One run; `name` is empty where it is the only one, and each update is then shown too.
+
+    Among more than a few, the training loss is shown only where nothing was measured.
+    """
     steps, losses = zip(*((event["step"], event["loss"]) for event in _of(log, "step")), strict=True)
     if not name:
         axes.plot(steps, losses, color="#d5d5d5", linewidth=0.7)
-    axes.plot(
-        steps, _smooth(losses), color=colour if name else "#666666", linewidth=1.1, alpha=0.8, label=f"{name}training"
-    )
     measured = _of(log, "eval")
+    if few or not measured:
+        shade = {"color": colour if name else "#666666", "linewidth": 1.1, "linestyle": style, "alpha": 0.8}
+        axes.plot(steps, _smooth(losses), label=f"{name}training", **shade)
     if not measured:
         return
     best = [event for event in measured if event["best"]][-1:]
     label = f"{name}held out" + "".join(f", best {event['held_out']:.3f}" for event in best)
     steps, losses = zip(*((event["step"], event["held_out"]) for event in measured), strict=True)
-    axes.plot(steps, losses, color=colour, linewidth=1.8, marker="o", markersize=4, clip_on=False, label=label)
+    mark = {"marker": "o", "markersize": 4, "clip_on": False}
+    axes.plot(steps, losses, color=colour, linewidth=1.8, linestyle=style, label=label, **mark)
     for event in best:
         ring = {"markersize": 9, "markerfacecolor": "white", "markeredgewidth": 1.8, "zorder": 3}
         axes.plot([event["step"]], [event["held_out"]], color=colour, marker="o", **ring)
