@@ -53,7 +53,7 @@ def lorica(how: str, work: dict[str, Any]) -> list[dict[str, float]]:
     rows = [Example(ids, [i >= first for i in range(len(ids))]) for ids, first in work["rows"]]
     settings = lorica.TrainSettings(
         rank=int(rank or R), alpha=ALPHA, lr=LR, schedule="constant", warmup=0.0, steps=len(work["batches"]),
-        batch=work["batch"], sample=0, save_every=1e9, eval_every=10**9, clip=1.0,
+        batch=work["batch"], sample=0, save_every=1e9, eval_every=10**9, clip=1.0, max_len=8192,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as out:
         run = lorica.train(model, tok, rows, settings, out=Path(out) / "run")
