@@ -7,6 +7,7 @@ Every contender trains a rank 8 update of all linear layers with AdamW at 2e-4 o
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -213,7 +214,7 @@ def _timed(kind: Any, **arguments: Any) -> list[dict[str, float]]:
     trainer = InOrder(callbacks=[Clock()], **arguments)
     trainer.train()
     losses = [event["loss"] for event in trainer.state.log_history if "loss" in event]
-    seconds = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    seconds = [after - before for before, after in itertools.pairwise(marks)]
     return [{"loss": loss, "seconds": took} for loss, took in zip(losses, seconds, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Render the results that `bench/*.py --json` left in bench/results into docs/bench.md.
+"""Render the results that `bench/*.py --json` left in bench/results into docs/bench.md, and their ratios into README.
 
 python bench/train.py --json > bench/results/train-e2e.json
 python bench/render.py
@@ -7,6 +7,7 @@ python bench/render.py
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,38 @@ from measure import judged
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "bench.md"
+README = HERE.parent / "README.md"
 UNITS = {"train": "tok/s", "many": "tok/s", "plan": "GB"}
 
 
 def main() -> None:
-    """Write one section per file of results."""
+    """Write one section per file of results, and README's table."""
+    reports = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
     parts = [
         "# Measurements",
         "",
-        "Written by `bench/render.py` from `bench/results`; each section says how to repeat it.",
-        "",
+        "Written by `bench/render.py` from `bench/results`; every section's script is in `bench`.",
     ]
-    for path in sorted((HERE / "results").glob("*.json")):
-        parts += section(json.loads(path.read_text()))
+    parts.append("")
+    for report in reports.values():
+        parts += section(report)
     OUT.write_text("\n".join(parts).rstrip() + "\n")
+    if headline := reports.get("train-e2e"):
+        block = "\n".join(["<!-- bench -->", *short(headline), "<!-- /bench -->"])
+        text = README.read_text()
+        README.write_text(re.sub("<!-- bench -->.*<!-- /bench -->", lambda _: block, text, flags=re.DOTALL))
+
+
+def short(report: dict[str, Any]) -> list[str]:
+    """README's table: every contender's speed and memory, with the machine."""
+    machine, settings = report["machine"], report["settings"]
+    lines = ["| | tokens/s | peak memory |", "|---|---|---|"]
+    rows = {name: row for name, row in report["results"].items() if "peak_bytes" in row}
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["median"]):
+        lines.append(f"| {name.replace('_', ' ')} | {row['median']:.0f} | {row['peak_bytes'] / 1e9:.2f} GB |")
+    about = f"{settings['model']}, r={settings['r']} on all linear layers, E2E rows, {settings['batch']} rows a step, "
+    about += f"{machine['cores']} cores of {machine['cpu']}, {machine['date']}; real tokens, medians of "
+    return [*lines, "", f"{about}{settings['repeats']} interleaved runs."]
 
 
 def section(report: dict[str, Any]) -> list[str]:

@@ -1,0 +1,64 @@
+"""What the benches print keeps its contract, and the floor is the formula."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bench():
+    sys.path.insert(0, str(BENCH))
+    yield
+    sys.path.remove(str(BENCH))
+
+
+def work():
+    rows = [[list(range(60)), 30], [list(range(64)), 32]]
+    sizes = {"blocks": 106_168_320, "head": 28_311_552, "attention": 17_280, "lora": 2_442_240}
+    return {"rows": rows, "batches": [[0, 1]], "warm": 0, "sizes": sizes, "batch": 2, "model": "m"}
+
+
+def test_the_floor_of_the_small_model_is_that_of_the_design():
+    from train import floor
+
+    found = floor(work())
+    assert found["labelled"] == pytest.approx(0.5)
+    assert found["flop_per_token"] == pytest.approx(
+        4 * 106_168_320 + 2 * 28_311_552 + 7 * 62.06 * 17_280 + 6 * 2_442_240, rel=1e-3
+    )
+
+
+def test_ratios_are_of_medians_and_a_peers_best_is_not_its_default():
+    import argparse
+
+    from train import report
+
+    def runs(*speeds, peak=2e9):
+        return [
+            {"tokens_per_second": s, "peak_bytes": peak, "losses": [1.0], "total_seconds": 1.0, "sha256": ""}
+            for s in speeds
+        ]
+
+    found = {
+        "lorica_fp32": runs(100, 300, 290, peak=1e9),
+        "peft_fp32": runs(100, 145, 150),
+        "trl_default": runs(200, 200, 200),
+        "trl_fp32": runs(100, 100, 100),
+        "unsloth_default": [{"skipped": "no such library"}],
+        "gemm_fp32": [{"flops": 200e9}, {"flops": 250e9}, {"flops": 210e9}],
+    }
+    options = argparse.Namespace(workload="e2e", model="m", repeats=3, steps=1, warm=0)
+    told = report(options, work(), found)
+    assert told["ratios"]["lorica_fp32 / peft_fp32"] == 2.0
+    assert told["ratios"]["memory lorica_fp32 / peft_fp32"] == 0.5
+    assert told["ratios"]["lorica_best / trl_default"] == pytest.approx(1.45)
+    assert told["ratios"]["lorica_best / trl_best"] == pytest.approx(2.9)
+    assert "lorica_best / unsloth_default" not in told["ratios"]
+    assert told["results"]["unsloth_default"] == {"skipped": "no such library"}
+    assert told["ratios"]["floor fp32"] == pytest.approx(290 * told["floor"]["flop_per_token"] / 210e9)
+    assert set(told) >= {"settings", "machine", "results", "ratios", "targets", "floor"}
