@@ -273,6 +273,17 @@ def test_a_head_that_is_patched_gets_its_gradient_from_logits():
     assert apart(gradients(model), eager(make())[1]) < 1e-5
 
 
+def test_dropout_on_a_layer_that_sees_some_of_the_tokens_stays_finite():
+    model = FAMILIES["llama"]()
+    lorica.inject(model, LoRA(r=3, dropout=0.5), "lm_head")
+    stir(model, size=0.1)
+    passes = Passes(model.train(), ROWS, 1)
+    for turn in range(4):
+        with passes(model, ROWS, keys=[turn] * len(ROWS)) as (loss, _):
+            loss.backward()
+    assert torch.stack([gradient.abs().max() for gradient in gradients(model).values()]).isfinite().all()
+
+
 def test_a_model_that_cannot_attend_inside_documents_is_trained_on_padded_batches():
     model = adapted()
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
+from lorica.errors import LoricaError
 from lorica.kernels.documents import NAME, Documents, attending, attention, current, documents
 from lorica.kernels.elementwise import ACTIVATIONS, Activation, RMSNorm, Rotary
 from lorica.kernels.lowrank import GatedMLP, Group, Matrix, SameInput, Update
@@ -100,6 +101,10 @@ def _group(layers: Sequence[nn.Module], tokens: int, salts: dict[int, int]) -> t
     """Layers that read one input of so many tokens, with the updates that act now, and their factors."""
     matrices, found = [], []
     here = current()
+    if here and here.owners and tokens != here.starts[-1]:
+        raise LoricaError(
+            f"{type(layers[0]).__name__} sees {tokens:,} of {here.starts[-1]:,} tokens: whose, is not known"
+        )
     for k, layer in enumerate(layers):
         matrices.append(Matrix(layer.weight, layer.bias, isinstance(layer, Conv1D)))  # type: ignore[arg-type]
         patches = getattr(layer, CHILD, None)
@@ -123,6 +128,10 @@ def _linear(layer: nn.Module, salts: dict[int, int]) -> Callable:
     """A patched layer by itself."""
 
     def forward(x: Tensor) -> Tensor:
+        here = current()
+        if here and not here.owners and _tokens(x) != here.starts[-1]:
+            # A head at some positions, or an expert: dropout would not know which tokens these are.
+            return type(layer).forward(layer, x)  # type: ignore[operator]
         group, factors = _group((layer,), _tokens(x), salts)
         return SameInput.apply(x, group, *factors)[0] if factors else plain_class(layer).forward(layer, x)
 

@@ -57,6 +57,7 @@ class Passes:
         ways: Sequence[str] = WAYS,
     ) -> None:
         self.model, self.pad_id, self.smooth = model, pad_id, smooth
+        self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
         takes = inspect.signature(model.forward).parameters
         self.extra: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
         self.takes_positions = takes_positions(model)

@@ -47,8 +47,8 @@ def gradients(model, settings, accelerator=None, ways=WAYS):
     sampler = Sampler(len(RAGGED), len(RAGGED))
     accelerator = accelerator or Accelerator(mixed_precision="no", device_placement=False)
     made = updates(
-        accelerator.prepare_model(model),
-        Optimizer(parameters, settings),
+        model,
+        Optimizer(parameters, settings, accelerator.num_processes),
         RAGGED,
         sampler,
         settings,
@@ -97,6 +97,21 @@ def test_the_gradient_is_that_of_the_summed_token_losses_over_their_number(fresh
     assert count == labels_in(RAGGED) == update.labels == 19
     assert update.loss == pytest.approx(total.item() / count, rel=1e-6)
     assert close(found, {name: parameter.grad for name, parameter in parameters.items()})
+
+
+def test_in_fp16_gradients_are_kept_from_vanishing_and_from_overflowing(fresh):
+    def run(factor):
+        model = fresh().half()
+        with torch.no_grad():
+            model.lm_head.weight.mul_(factor)
+        return gradients(model, plain())
+
+    update, small = run(1.0)
+    _, expected = gradients(fresh(), plain())
+    parts = [torch.cat([tensor.flatten() for tensor in found.values()]) for found in (small, expected)]
+    assert (parts[0] - parts[1]).norm() < 0.02 * parts[1].norm()
+    update, large = run(300.0)  # the first scale overflows
+    assert update.norm > 1 and all(gradient.isfinite().all() for gradient in large.values())
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,6 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def speaks() -> bool:
+    """Whether this process prints results: the first of those that were started together (torchrun's RANK)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str = "") -> None:

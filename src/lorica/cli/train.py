@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from lorica.cli import sweep
 from lorica.cli.parse import Common, WrongUse
 from lorica.train.settings import TrainSettings
 
@@ -31,21 +33,43 @@ class Settings(TrainSettings, Common):
     """Continue this run, to the bit, with its own settings and data; alone on the line."""
     from_: Annotated[str, tyro.conf.arg(name="from")] = ""
     """Start from the weights of this adapter or run, with a fresh optimizer."""
+    sweep: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=A,B...")] = ()
+    """Train every combination of some settings in one pass and rank them: r=1,2,4,8 lr=1e-4,3e-4 (a + inside a value
+    stands for its comma: targets=q_proj+v_proj,mlp)."""
+    find_lr: bool = False
+    """First try five rates for 40 updates in one pass, then train with the best; with --dry-run only print it."""
 
 
 def run(settings: Settings) -> int | dict[str, Any]:
     """Train and say what came of it; 130 after Ctrl-C, when the state is saved."""
-    from lorica.cli.terminal import console
+    from lorica.cli.terminal import speaks
+    from lorica.train.processes import joined
+
+    if not speaks():
+        warnings.simplefilter("ignore")  # the first process gives the same ones
+    job = _job(settings)
+    with joined(job.settings.device):
+        return _run(settings, job)
+
+
+def _run(settings: Settings, job: _Job) -> int | dict[str, Any]:
+    from lorica.cli.terminal import console, speaks
     from lorica.train import Interrupted, train
 
-    job = _job(settings)
     model, tok = _loaded(job)
+    if settings.sweep:
+        return sweep.run(settings, job.settings, model, tok)
+    if settings.find_lr:
+        job.how["settings"] = sweep.found(settings, job.settings, model, tok)
     try:
         with _reporting(settings) as report:
             ended = train(model, tok, job.data, start=job.start, report=report, **job.how)
     except Interrupted as stopped:
-        console.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
+        if speaks():
+            console.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
         return 130
+    if not speaks():
+        return 0
     if settings.json:
         return _result(ended)
     _say(ended)
@@ -54,12 +78,19 @@ def run(settings: Settings) -> int | dict[str, Any]:
 
 def plan(settings: Settings) -> None:
     """The header of what `run` would do: model and data are read, nothing is trained or written."""
-    from lorica.cli.terminal import console
+    from lorica.cli.terminal import console, speaks
     from lorica.train.report import show_header
     from lorica.train.setup import preview
 
+    if not speaks():
+        return
     job = _job(settings)
+    if settings.sweep:
+        sweep.plan(settings, job.settings)
+        return
     model, tok = _loaded(job)
+    if settings.find_lr:
+        job.settings = sweep.found(settings, job.settings, model, tok, keep=False)
     show_header(console, "lorica train --dry-run", preview(model, tok, job.data, job.settings))
 
 
@@ -79,6 +110,7 @@ def _job(settings: Settings) -> _Job:
     from lorica.train.folder import read_settings
     from lorica.train.run import settings_of
 
+    sweep.check(settings)
     if not settings.resume:
         if not settings.model or not settings.data:
             raise WrongUse("MODEL and DATA are needed: lorica train MODEL DATA (or --resume RUN)")
@@ -108,7 +140,8 @@ def _loaded(job: _Job) -> tuple[Any, Any]:
     from lorica.errors import LoricaError
     from lorica.models import open_thing
 
-    opened = open_thing(job.model, adapter=job.start or None, dtype=job.settings.dtype, device=job.settings.device)
+    how = {name: getattr(job.settings, name) for name in ("dtype", "device", "quantize")}
+    opened = open_thing(job.model, adapter=job.start or None, **how)
     if opened.adapter and not job.start:
         raise LoricaError(
             f"{job.model} is an adapter on {opened.base}: lorica train {opened.base} DATA --from {job.model}"
@@ -118,10 +151,10 @@ def _loaded(job: _Job) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _reporting(settings: Settings) -> Iterator[Any]:
-    from lorica.cli.terminal import console
+    from lorica.cli.terminal import console, speaks
     from lorica.train.report import Terminal
 
-    if settings.quiet:
+    if settings.quiet or not speaks():
         yield None
         return
     with Terminal(console) as report:

@@ -44,9 +44,8 @@ def draw(runs: Sequence[str | Path], out: str | Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.legend(
-        frameon=False, fontsize=9 if few else 7, **({} if few else {"loc": "upper left", "bbox_to_anchor": (1, 1)})
-    )
+    beside: dict[str, Any] = {} if few else {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    axes.legend(frameon=False, fontsize=9 if few else 7, **beside)
     axes.set_title(_title(logs), loc="left", fontsize=10)
     picture = io.BytesIO()
     figure.savefig(picture, format=out.suffix[1:])

@@ -6,14 +6,14 @@ own forward returns the mean over one micro-batch, so each mean is weighted by i
     sum_i l_i / N  =  sum_m (n_m / N) mean_m          n_m of the N tokens are predicted in micro-batch m
 
 `num_items_in_batch` would give the same where a model passes it on to its loss, but a model that does not swallows it
-in silence; the weights are right for every model. Gradients are averaged over P processes, hence the factor P.
+in silence; the weights are right for every model. The optimizer adds up the gradients of all processes.
 
 Law 6. The random state of an update is a function of (seed, update, process) alone, so there is none to save.
 """
 
 from __future__ import annotations
 
-import contextlib
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -22,14 +22,20 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 
 from lorica.data import Example, Sampler
-from lorica.train.examples import CPU_MICRO_TOKENS, MICRO_TOKENS, cut, labels_in, packs
+from lorica.data.pack import micro_tokens, packs
+from lorica.passes import Passes
+from lorica.train.examples import cut, labels_in
 from lorica.train.guards import finite
 from lorica.train.optimizer import Optimizer
-from lorica.train.passes import Passes
 from lorica.train.settings import TrainSettings, rate
+
+
+# What a loss is multiplied by so that fp16 holds its gradients, the next one where they overflow. Each update begins
+# with the first, so that a resumed run repeats them.
+FP16_SCALES = (2.0**14, 2.0**9, 2.0**4, 1.0)
 
 
 @dataclass(frozen=True)
@@ -65,22 +71,32 @@ def updates(
     `model` is as `accelerator.prepare` returned it, `settings.lr` is a number. The gradients of an update stay until
     the next. Raises `guards.NotFinite` before an update that would spoil the weights.
     """
+    scales = FP16_SCALES if passes.dtype == torch.float16 else (1.0,)
     for step in range(first, steps + 1):
         began = time.perf_counter()
         drawn = next(sampler)
         batch = [examples[index] for index in drawn]
         set_seed(random.Random(f"{settings.seed}:{step}:{accelerator.process_index}").getrandbits(31))
-        keys = [random.Random(f"{settings.seed}:{step}:{index}").getrandbits(62) for index in drawn]
+        keys = dropout_keys(settings.seed, step, drawn)
         model.train()
-        optimizer.clear()
-        loss = _backward(model, batch, keys, accelerator, settings.micro, passes)
-        norm = optimizer.clip(settings.clip)
+        for scale in scales:
+            optimizer.clear()
+            spent = _backward(model, batch, keys, accelerator, settings.micro, passes, scale)
+            # Both are read at once: each reading waits for the device.
+            loss, norm = torch.stack((spent, optimizer.clip(settings.clip, scale).to(spent.device))).tolist()
+            if math.isfinite(norm):
+                break
         finite(step, loss, norm)
         assert settings.lr is not None
         lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
         optimizer.step(lr)
         tokens = sum(len(example.ids) for example in batch)
         yield Update(step, loss, lr, norm, tokens, labels_in(batch), time.perf_counter() - began)
+
+
+def dropout_keys(seed: int, step: int, drawn: Sequence[int]) -> list[int]:
+    """What seeds the dropout of each example drawn in an update."""
+    return [random.Random(f"{seed}:{step}:{index}").getrandbits(62) for index in drawn]
 
 
 def _backward(
@@ -90,19 +106,18 @@ def _backward(
     accelerator: Accelerator,
     micro: int | None,
     passes: Passes,
-) -> float:
-    """Accumulate the gradient of one update; returns its loss over all processes."""
+    scale: float,
+) -> Tensor:
+    """Accumulate this process's part of an update's gradient, times `scale`; returns the loss over all processes."""
     device = next(model.parameters()).device
-    fitting = CPU_MICRO_TOKENS if device.type == "cpu" else MICRO_TOKENS
-    pieces = (packs if passes.quick else cut)(batch, micro, accelerator.num_processes, fitting)
+    pieces = (packs if passes.quick else cut)(batch, micro, accelerator.num_processes, micro_tokens(device))
     pieces = pieces[accelerator.process_index :: accelerator.num_processes]
     total, loss = labels_in(batch), torch.zeros((), device=device)
-    for last, places in zip([False] * (len(pieces) - 1) + [True], pieces, strict=True):
+    for places in pieces:
         # A process without rows of its own still takes part in the others' sum, with weight zero.
         piece = [batch[i] for i in places]
         weight = labels_in(piece) / total
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            with passes(model, piece or batch[:1], keys=[keys[i] for i in places or [0]]) as (mean, _):
-                accelerator.backward(mean * (weight * accelerator.num_processes))
+        with passes(model, piece or batch[:1], keys=[keys[i] for i in places or [0]]) as (mean, _):
+            (mean * (weight * scale)).backward()
         loss += mean.detach() * weight
-    return float(accelerator.reduce(loss, "sum"))
+    return accelerator.reduce(loss, "sum")

@@ -63,8 +63,10 @@ class Optimizer:
                 self._take_back(name, parameter)
 
     @torch.no_grad()
-    def clip(self, largest: float) -> Tensor:
+    def clip(self, largest: float, scale: float = 1.0) -> Tensor:
         """Scale the gradients down to a norm of at most `largest` (0: leave them); returns the norm they had.
+
+        `scale` is what the loss was multiplied by; it is taken out first.
 
         The norm stays on the device, since reading it would wait for all that was asked of it.
         """
@@ -72,6 +74,8 @@ class Optimizer:
         if self.processes > 1:
             self._sum()
         gradients = [flat.grad for flat in self.flat]
+        if scale != 1:
+            torch._foreach_div_(gradients, scale)  # type: ignore[arg-type]
         # In two steps: one sum of millions of squares would lose half of fp32's digits.
         norms = [torch.linalg.vector_norm(gradient.view(-1, ALIGN), dim=1) for gradient in gradients]  # type: ignore[union-attr]
         norm = torch.linalg.vector_norm(torch.cat([each.to(norms[0].device) for each in norms]))

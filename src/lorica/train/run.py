@@ -7,25 +7,26 @@ import dataclasses
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from lorica.adapter import Adapter
 from lorica.errors import LoricaError
 from lorica.files import write_atomic
 from lorica.formats.card import card
-from lorica.train import curve, folder, guards
+from lorica.train import curve, folder, guards, processes
 from lorica.train.memory import peak_bytes, peak_rss_bytes
 from lorica.train.settings import TrainSettings
 from lorica.train.setup import ready
 from lorica.train.sitting import Report, Sitting, Stop
+
+PATIENCE = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def train(
     """Train the model's active adapter, or one made from the settings where it has none.
 
     Args:
-        model, tok: as `lorica.load` gives them; trained on the device and in the dtype where the model is.
+        model, tok: as `lorica.load` gives them; trained on the device and in the dtype where the model is. One of
+            several processes loads them inside `processes.joined`.
         data: see `examples.prepare`.
         settings: default `TrainSettings()`; not with `resume`, which takes the run's own.
         out: the run folder, which must not hold anything; default the next ``runs/0001-name``.
@@ -99,13 +101,13 @@ def train(
             raise LoricaError("a resumed run keeps its settings and its folder: give neither settings nor out")
         settings = settings_of(resume)
     prepared, settings = ready(model, tok, data, settings or TrainSettings())
-    accelerator = Accelerator(mixed_precision="no", device_placement=False)
+    accelerator = processes.accelerator_for(model)
     name = Path(prepared.source).stem or Path(getattr(model.config, "_name_or_path", "")).stem  # type: ignore[union-attr, arg-type]
-    path = Path(resume) if resume is not None else _agreed_folder(accelerator, out, name)
+    path = Path(resume) if resume is not None else processes.agreed_folder(accelerator, out, name)
     was_training = model.training
     sitting = Sitting(model, tok, prepared, settings, path, accelerator, start, report or _silence)
     try:
-        with _stoppable() as stop:
+        with stoppable() as stop:
             if not sitting.go(stop, resuming=resume is not None):
                 raise Interrupted(path, sitting.here.step)
             return _finish(sitting)
@@ -128,17 +130,24 @@ def _silence(event: object) -> None:
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[Stop]:
-    """Let the first SIGINT or SIGTERM set a flag; a second one interrupts at once."""
+def stoppable() -> Iterator[Stop]:
+    """Let the first SIGINT or SIGTERM set a flag; a second one interrupts at once.
+
+    With several processes, what follows within `PATIENCE` is the same request: a terminal sends Ctrl-C to each of them,
+    and the program that started them passes it on.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
+    patience = PATIENCE if processes.several() else 0.0
+
     def ask(number: int, frame: object) -> None:
-        if stop.wanted:
+        if not stop.wanted:
+            stop.wanted, stop.since = True, time.monotonic()
+        elif time.monotonic() - stop.since >= patience:
             raise KeyboardInterrupt
-        stop.wanted = True
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -148,16 +157,10 @@ def _stoppable() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def _agreed_folder(accelerator: Accelerator, out: str | Path | None, name: str) -> Path:
-    """A new run folder, made by the main process."""
-    made = [str(folder.new(out, name)) if accelerator.is_main_process else ""]
-    return Path(broadcast_object_list(made)[0])
-
-
 def _finish(sitting: Sitting) -> Run:
     """The best weights on the model; then picture, card and the line that marks the run as finished."""
     here = sitting.here
-    guards.changed(Adapter.of(sitting.model), here.step)
+    guards.changed(sitting.adapter(), here.step)
     if not sitting.data.held:
         here.best_step = here.step
         sitting.save_adapter("best")

@@ -59,7 +59,7 @@ def equip(model: nn.Module, settings: TrainSettings) -> None:
     """Put the settings' method on a model without an adapter; on one with an adapter, check that they do not differ."""
     if not patch.adapters(model):
         set_seed(settings.seed)
-        patch.inject(model, _method(settings), settings.targets)
+        patch.inject(model, method_of(settings), settings.targets)
         return
     if patch.state_of(model).merged:  # type: ignore[union-attr]
         raise LoricaError(f"the adapter {patch.active(model)!r} is merged; unmerge the model to train it")
@@ -77,9 +77,9 @@ def resolved(model: nn.Module, settings: TrainSettings, data: Prepared) -> Train
     """The settings with every rule applied: rate, length, measurements, format, and the method that is on the model."""
     found: dict[str, Any] = _settings_of(model, settings)
     if settings.lr is None:
-        if (width := _width(model)) is None:
+        if (hidden := width(model)) is None:
             raise LoricaError("this model's config names no hidden_size, from which lr would follow: give an lr")
-        found["lr"] = default_lr(width)
+        found["lr"] = default_lr(hidden)
     if settings.steps is None and settings.epochs is None:
         found["epochs"] = DEFAULT_EPOCHS
     steps = number_of_steps(settings, len(data.train))
@@ -132,7 +132,8 @@ def facts(model: nn.Module, tok: Any, data: Prepared, settings: TrainSettings) -
     }
 
 
-def _method(settings: TrainSettings) -> LoRA:
+def method_of(settings: TrainSettings) -> LoRA:
+    """The method that the settings describe."""
     return LoRA(
         r=settings.rank,
         alpha=settings.alpha,
@@ -189,15 +190,18 @@ def _dtype(model: nn.Module) -> torch.dtype:
     """The format of most of the base."""
     sizes: dict[torch.dtype, int] = {}
     for _, parameter in patch.base_parameters(model):
+        if not parameter.is_floating_point():
+            continue  # packed: what it is computed in is the format of the rest
         sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
     return max(sizes, key=sizes.__getitem__)
 
 
 def _lr_from(model: nn.Module, settings: TrainSettings) -> str:
-    width = _width(model)
-    return f"5e-4 (2000 / {width:,})^0.775" if width and settings.lr == default_lr(width) else "as given"
+    hidden = width(model)
+    return f"5e-4 (2000 / {hidden:,})^0.775" if hidden and settings.lr == default_lr(hidden) else "as given"
 
 
-def _width(model: nn.Module) -> int | None:
+def width(model: nn.Module) -> int | None:
+    """The hidden size, where the model's config names one."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     return getattr(config, "hidden_size", None) or getattr(config, "d_model", None)

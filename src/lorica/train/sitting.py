@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from lorica.adapter import Adapter
 from lorica.data import Sampler
 from lorica.errors import all_faults
 from lorica.passes import Passes
-from lorica.train import folder, guards, state
+from lorica.train import folder, guards, processes, state
 from lorica.train.examples import Prepared, question_and_answer
-from lorica.train.forecast import arranged, forecast
+from lorica.train.forecast import Forecast, arranged, forecast
 from lorica.train.loop import Update, updates
 from lorica.train.memory import peak_bytes
 from lorica.train.optimizer import Optimizer
@@ -33,9 +34,10 @@ Report = Callable[[Mapping[str, Any]], None]
 
 @dataclass
 class Stop:
-    """Whether someone asked to stop."""
+    """Whether someone asked to stop, and since when (`time.monotonic`)."""
 
     wanted: bool = False
+    since: float = 0.0
 
 
 @dataclass
@@ -58,13 +60,17 @@ class Sitting:
         self.every = self.settings.eval_every
         self.steps = number_of_steps(self.settings, len(self.data.train))
         self.main = self.accelerator.is_main_process
-        self.ahead = forecast(self.model, self.data, self.settings)
         self.device = next(self.model.parameters()).device
-        self.meta = about(self.model, self.tok)
-        self.wrapped = self.accelerator.prepare_model(self.model)
-        # Looked up after the model was prepared: sharding replaces parameters.
+        self.ahead = self._forecast()
+        # What reads the base's weights comes first: sharding takes them away.
+        self.blank = dataclasses.replace(Adapter.of(self.model, meta=about(self.model, self.tok)), tensors={})
+        self.passes = self._passes()
+        self.prints = {"data": self.data.fingerprint(), "base": self.blank.meta["base_fingerprint"]}
+        processes.alike(self.accelerator, **self.prints)
+        if processes.sharding():
+            processes.shard(self.model, self.accelerator)
         self.parameters = patch.trainable(self.model)
-        self.optimizer = Optimizer(self.parameters, self.settings)
+        self.optimizer = Optimizer(self.parameters, self.settings, self.accelerator.num_processes)
         self.sampler = Sampler(len(self.data.train), self.settings.batch, self.settings.seed)
         self.began = self.saved = time.monotonic()
 
@@ -84,7 +90,8 @@ class Sitting:
             for update in self._updates():
                 watch.check(last=update.step == self.steps)
                 self._note(update)
-                wanted, due = self._agree(stop.wanted, time.monotonic() - self.saved >= self.settings.save_every)
+                late = time.monotonic() - self.saved >= self.settings.save_every
+                wanted, due = processes.agreed(self.accelerator, stop.wanted, late)
                 measured = update.step % self.every == 0 or update.step == self.steps
                 better = self._measure() if measured else False
                 if measured or due or wanted:
@@ -92,15 +99,28 @@ class Sitting:
                 if self._stale():
                     break
                 if wanted and update.step < self.steps:
+                    # Where one process ends with a fault, the others are ended too, perhaps while they write.
+                    self.accelerator.wait_for_everyone()
                     return False
         except guards.NotFinite:
             self.save_adapter("last")
+            self.accelerator.wait_for_everyone()
             raise
         return True
 
     def facts(self) -> dict[str, Any]:
         """See `setup.facts`."""
-        return facts(self.model, self.tok, self.data, self.settings) | self.ahead.facts()
+        known = facts(self.model, self.tok, self.data, self.settings) | self.ahead.facts()
+        if (count := self.accelerator.num_processes) > 1:
+            known["device"] = f"{count} x {self.device.type}{', sharded' if processes.sharding() else ''}"
+        return known
+
+    def adapter(self) -> Adapter:
+        """A snapshot of the weights as they are."""
+        tensors = {
+            name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in self.parameters.items()
+        }
+        return dataclasses.replace(self.blank, tensors=MappingProxyType(tensors))
 
     def log(self, name: str, event: Mapping[str, Any]) -> None:
         """Add an event to a log and pass it on; the main process only."""
@@ -111,7 +131,7 @@ class Sitting:
     def save_adapter(self, name: str) -> None:
         """Write the weights as they are to best/ or last/."""
         if self.main and self.here.step:
-            Adapter.of(self.model, meta=self.meta).save(self.path / name)
+            self.adapter().save(self.path / name)
 
     def elapsed(self) -> float:
         """Seconds of all sittings so far."""
@@ -121,10 +141,21 @@ class Sitting:
         """Close the logs and free the gradients."""
         for log in self.logs.values():
             log.close()
-        self.optimizer.clear()
+        self.optimizer.close()
+
+    def _forecast(self) -> Forecast:
+        """The plan, by which all processes compute activations again or none does."""
+        ahead = forecast(self.model, self.data, self.settings)
+        (again,) = processes.agreed(self.accelerator, ahead.checkpointing)
+        return dataclasses.replace(ahead, checkpointing=again)
+
+    def _passes(self) -> Passes:
+        pads = (self.tok.pad_token_id, self.tok.eos_token_id, 0)
+        pad = next(token for token in pads if token is not None)
+        return Passes(self.model, self.data.train, pad, self.settings.label_smoothing)
 
     def _begin(self) -> None:
-        self.here.data, self.here.base = self.data.fingerprint(), patch.fingerprint(self.model)
+        self.here.data, self.here.base = self.prints["data"], self.prints["base"]
         fixed = {"data_sha256": self.here.data, "base_fingerprint": self.here.base, "lorica": __version__}
         known = self.facts()
         name = getattr(self.model.config, "_name_or_path", "")  # type: ignore[union-attr]
@@ -138,9 +169,8 @@ class Sitting:
         self._save(better=False)
 
     def _continue(self, saved: state.State, tensors: Mapping[str, Tensor]) -> None:
-        now = {"data": self.data.fingerprint(), "base": patch.fingerprint(self.model)}
         words = {"data": "the examples (rows, chat template or max_len)", "base": "the weights of the base model"}
-        if faults := [f"{words[key]} changed" for key in now if now[key] != getattr(saved, key)]:
+        if faults := [f"{words[key]} changed" for key, now in self.prints.items() if now != getattr(saved, key)]:
             raise all_faults(f"{self.path} cannot be continued:", [*faults, "bring them back, or start a new run"])
         self.here = saved
         self.optimizer.restore(tensors)
@@ -159,15 +189,10 @@ class Sitting:
     def _updates(self) -> Iterator[Update]:
         if self._stale():
             return iter(())
-        pads = (self.tok.pad_token_id, self.tok.eos_token_id, 0)
-        pad = next(token for token in pads if token is not None)
-        passes = Passes(
-            self.accelerator.unwrap_model(self.wrapped), self.data.train, pad, self.settings.label_smoothing
-        )
-        if passes.note and not self.here.step:
-            self.log(folder.METRICS, {"kind": "note", "text": passes.note})
+        if self.passes.note and not self.here.step:
+            self.log(folder.METRICS, {"kind": "note", "text": self.passes.note})
         return updates(
-            self.wrapped,
+            self.model,
             self.optimizer,
             self.data.train,
             self.sampler,
@@ -175,7 +200,7 @@ class Sitting:
             accelerator=self.accelerator,
             first=self.here.step + 1,
             steps=self.steps,
-            passes=passes,
+            passes=self.passes,
         )
 
     def _note(self, update: Update) -> None:
@@ -183,13 +208,6 @@ class Sitting:
         self.here.tokens += update.tokens
         now = {"elapsed": self.elapsed(), "memory": peak_bytes(self.device)}
         self.log(folder.METRICS, {"kind": "step"} | dataclasses.asdict(update) | now)
-
-    def _agree(self, *flags: bool) -> list[bool]:
-        """Each flag that is set in any process, so that all of them stop, or save, after the same update."""
-        if self.accelerator.num_processes == 1:
-            return list(flags)
-        found = self.accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=self.device), "sum")
-        return [bool(flag) for flag in found]
 
     def _measure(self) -> bool:
         """Held-out loss and samples; returns whether it is the best so far. Step zero, the base, does not compete."""
