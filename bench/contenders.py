@@ -1,24 +1,49 @@
 """One contender in one process: reads token ids, trains, prints one line of JSON. Started by `train.py`.
 
 Every contender trains a rank 8 update of all linear layers with AdamW at 2e-4 on the same batches in the same order.
-`*_best` differ from `*_default` only in what their libraries offer.
+A name is FAMILY_HOW: `default`, or a dtype, then rows per micro-batch (those of a step sorted by length and accumulated;
+left out: all of a step at once), then what else the library offers (`FLAGS`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import itertools
 import json
 import os
 import re
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 R, ALPHA, LR = 8, 16, 2e-4
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "trl", "unsloth", "unsloth_zoo", "lorica")
+# low: PEFT keeps the adapter in the base's dtype. free: TRL lays a micro-batch end to end. compile: Unsloth's layers.
+FLAGS = ("low", "free", "compile")
+used: dict[str, Any] = {}
+
+
+def chosen(how: str, work: dict[str, Any]) -> tuple[str, int, set[str]]:
+    """``(dtype, rows per micro-batch, flags)`` of what follows the family in a name."""
+    dtype, *rest = how.split("_")
+    micro = next((int(part) for part in rest if part.isdigit()), work["batch"])
+    flags = {part for part in rest if not part.isdigit()}
+    if flags - set(FLAGS) or work["batch"] % micro:
+        raise SystemExit(f"no contender is called {how}")
+    return dtype, micro, flags
+
+
+def versions() -> dict[str, str]:
+    """Of every library that this interpreter has, which need not be the parent's."""
+    found = {}
+    for library in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[library] = metadata.version(library)
+    return found
 
 
 def main() -> None:
@@ -38,7 +63,10 @@ def main() -> None:
         "peak_bytes": peak,
         "losses": [step["loss"] for step in steps],
         "total_seconds": time.perf_counter() - began,
+        "warm_seconds": sum(step["seconds"] for step in steps[:warm]),
         "sha256": digest,
+        "versions": versions(),
+        "settings": used,
     }
     print(json.dumps(told), flush=True)
     os._exit(0)  # trackers of some libraries wait for a network at the end
@@ -67,51 +95,60 @@ def peft(how: str, work: dict[str, Any]) -> list[dict[str, float]]:
     import torch
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    bf16 = how == "bf16"
+    dtype, micro, _ = chosen(how, work)
+    bf16 = dtype == "bf16"
     model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.bfloat16 if bf16 else torch.float32)
     model = _peft(model)
     with tempfile.TemporaryDirectory() as out:
-        arguments = TrainingArguments(bf16=bf16, **_arguments(work, out))
+        arguments = TrainingArguments(bf16=bf16, **_arguments(work, out, micro))
         collate = DataCollatorForSeq2Seq(_tokenizer(work))
-        return _timed(Trainer, model=model, args=arguments, train_dataset=_dataset(work), data_collator=collate)
+        return _timed(Trainer, model=model, args=arguments, train_dataset=_dataset(work, micro), data_collator=collate)
 
 
 def trl(how: str, work: dict[str, Any]) -> list[dict[str, float]]:
-    """TRL's SFTTrainer: its defaults, or checkpointing off and fp32 where that is faster."""
+    """TRL's SFTTrainer: its defaults, or checkpointing off, a dtype and small micro-batches of like length."""
     import torch
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    best = how != "default"
+    dtype, micro, flags = chosen(how, work)
     options: dict[str, Any] = {}
-    if best:
-        options = {"gradient_checkpointing": False, "bf16": how == "bf16"}
-        options["model_init_kwargs"] = {"dtype": torch.bfloat16 if how == "bf16" else torch.float32}
+    if dtype != "default":
+        kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+        options = {"gradient_checkpointing": False, "bf16": dtype == "bf16", "model_init_kwargs": {"dtype": kind}}
+        options |= {"padding_free": True} if "free" in flags else {}
     with tempfile.TemporaryDirectory() as out:
-        arguments = SFTConfig(**_arguments(work, out), **options)
+        arguments = SFTConfig(**_arguments(work, out, micro), **options)
         config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=LINEAR, task_type="CAUSAL_LM")
         return _timed(
-            SFTTrainer, model=work["model"], args=arguments, train_dataset=_dataset(work), peft_config=config,
+            SFTTrainer, model=work["model"], args=arguments, train_dataset=_dataset(work, micro), peft_config=config,
             processing_class=_tokenizer(work),
         )  # fmt: skip
 
 
 def unsloth(how: str, work: dict[str, Any]) -> list[dict[str, float]]:
     """Unsloth's CPU backend: its defaults (bf16 where the CPU has it), or checkpointing off in a dtype."""
+    dtype, micro, flags = chosen(how, work)
+    if "compile" in flags:
+        os.environ["UNSLOTH_CPU_COMPILE"] = "1"
     import torch
     import unsloth  # noqa: F401 - before trl, as it asks
     from trl import SFTConfig, SFTTrainer
     from unsloth import FastLanguageModel
 
-    kind = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}[how]
+    kind = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     model, tok = FastLanguageModel.from_pretrained(work["model"], max_seq_length=2048, dtype=kind, load_in_4bit=False)
-    options = {} if how == "default" else {"use_gradient_checkpointing": False}
+    options: dict[str, Any] = {} if dtype == "default" else {"use_gradient_checkpointing": False}
     model = FastLanguageModel.get_peft_model(
         model, r=R, lora_alpha=ALPHA, target_modules=LINEAR, lora_dropout=0, bias="none", **options
     )
+    precision: dict[str, Any] = {}
+    if dtype != "default":  # its own trainer would turn both on again
+        precision = {"bf16": dtype == "bf16", "gradient_checkpointing": False}
     with tempfile.TemporaryDirectory() as out:
-        arguments = SFTConfig(**_arguments(work, out))
-        return _timed(SFTTrainer, model=model, args=arguments, train_dataset=_dataset(work), processing_class=tok)
+        arguments = SFTConfig(**_arguments(work, out, micro), **precision)
+        data = _dataset(work, micro)
+        return _timed(SFTTrainer, model=model, args=arguments, train_dataset=data, processing_class=tok)
 
 
 def plain(how: str, work: dict[str, Any]) -> list[dict[str, float]]:
@@ -123,21 +160,23 @@ def plain(how: str, work: dict[str, Any]) -> list[dict[str, float]]:
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM
 
-    dtype, _, micro = how.partition("_")
+    dtype, micro, flags = chosen(how, work)
     torch.manual_seed(0)
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    model = _peft(AutoModelForCausalLM.from_pretrained(work["model"], dtype=kind)).train()
+    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=kind)
+    model = _peft(model, autocast_adapter_dtype="low" not in flags).train()
     inner = model.base_model.model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
+    used.update(dtype=dtype, micro=micro, flags=sorted(flags), attention=model.config._attn_implementation)
     steps = []
     for batch in work["batches"]:
         began = time.perf_counter()
         rows = sorted((work["rows"][i] for i in batch), key=lambda row: len(row[0]))
         labels = sum(len(ids) - first for ids, first in rows)
         total = 0.0
-        for at in range(0, len(rows), int(micro)):
-            part = rows[at : at + int(micro)]
+        for at in range(0, len(rows), micro):
+            part = rows[at : at + micro]
             longest = len(part[-1][0])
             ids = torch.zeros(len(part), longest, dtype=torch.long)
             goal = torch.full((len(part), longest), -100)
@@ -157,10 +196,11 @@ def plain(how: str, work: dict[str, Any]) -> list[dict[str, float]]:
     return steps
 
 
-def _peft(model: Any) -> Any:
+def _peft(model: Any, **options: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=R, lora_alpha=ALPHA, target_modules=LINEAR, task_type="CAUSAL_LM"))
+    config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=LINEAR, task_type="CAUSAL_LM")
+    return get_peft_model(model, config, **options)
 
 
 def _tokenizer(work: dict[str, Any]) -> Any:
@@ -171,20 +211,27 @@ def _tokenizer(work: dict[str, Any]) -> Any:
     return tok
 
 
-def _arguments(work: dict[str, Any], out: str) -> dict[str, Any]:
+def _arguments(work: dict[str, Any], out: str, micro: int) -> dict[str, Any]:
     """What is the same under every trainer: the optimisation, and no logs, files or trackers."""
     return {
-        "output_dir": out, "per_device_train_batch_size": work["batch"], "max_steps": len(work["batches"]),
+        "output_dir": out, "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": work["batch"] // micro, "max_steps": len(work["batches"]),
         "learning_rate": LR, "lr_scheduler_type": "constant", "weight_decay": 0.0, "report_to": [], "logging_steps": 1,
         "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
     }  # fmt: skip
 
 
-def _dataset(work: dict[str, Any]) -> Any:
-    """Rows in the order of the batches, as ids and labels."""
+def _dataset(work: dict[str, Any], micro: int) -> Any:
+    """Rows in the order of the batches, as ids and labels; within a step by length where it is cut into micro-batches.
+
+    The rows of a step stay the rows of that step, so that losses compare with those of the others.
+    """
     from datasets import Dataset
 
-    order = [work["rows"][i] for batch in work["batches"] for i in batch]
+    order: list[Any] = []
+    for batch in work["batches"]:
+        rows = [work["rows"][i] for i in batch]
+        order += sorted(rows, key=lambda row: len(row[0])) if micro < work["batch"] else rows
     return Dataset.from_dict(
         {
             "input_ids": [ids for ids, _ in order],
@@ -212,9 +259,19 @@ def _timed(kind: Any, **arguments: Any) -> list[dict[str, float]]:
             return SequentialSampler(self.train_dataset)
 
     trainer = InOrder(callbacks=[Clock()], **arguments)
+    told = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "bf16", "optim")
+    used.update(
+        {
+            name: str(getattr(trainer.args, name))
+            for name in (*told, "padding_free", "packing")
+            if hasattr(trainer.args, name)
+        }
+    )
+    weights = {"trained" if part.requires_grad else "frozen": str(part.dtype) for part in trainer.model.parameters()}
+    used.update(weights, attention=trainer.model.config._attn_implementation)
     trainer.train()
     losses = [event["loss"] for event in trainer.state.log_history if "loss" in event]
-    seconds = [after - before for before, after in itertools.pairwise(marks)]
+    seconds = [after - before for before, after in zip(marks, marks[1:], strict=False)]
     return [{"loss": loss, "seconds": took} for loss, took in zip(losses, seconds, strict=True)]
 
 

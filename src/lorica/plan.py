@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica import patch
 from lorica.data.encoding import Example
-from lorica.data.pack import micro_tokens, packs
+from lorica.data.pack import CPU_MICRO_TOKENS, micro_tokens, packs
 from lorica.errors import LoricaError
 from lorica.lowrank import LoRA
 from lorica.models.loading import locate
@@ -108,7 +108,7 @@ class Work:
     checkpointing: bool = False
     lengths: Sequence[int] = (512,) * 8
     labelled: float = 1.0
-    micro_tokens: int = 512
+    micro_tokens: int = CPU_MICRO_TOKENS
     micro: int | None = None
 
 

@@ -18,13 +18,13 @@ from accelerate import Accelerator
 
 import lorica
 from lorica import Adapter, LoRA, LoricaError, TrainSettings
-from lorica.train import Interrupted, folder, processes, state
+from lorica.train import folder, processes, state
 
 SETTINGS = TrainSettings(
-    steps=150, batch=4, lr=1e-3, eval_every=75, sample=0, held_out=0.2, save_every=0, dropout=0.2, rank=2, dtype="fp32"
+    steps=60, batch=4, lr=1e-3, eval_every=30, sample=0, held_out=0.2, save_every=0, dropout=0.2, rank=2, dtype="fp32"
 )
 FLAGS = {
-    "--steps": "150", "--batch": "4", "--lr": "1e-3", "--eval-every": "75", "--sample": "0", "--held-out": "0.2",
+    "--steps": "60", "--batch": "4", "--lr": "1e-3", "--eval-every": "30", "--sample": "0", "--held-out": "0.2",
     "--save-every": "0", "--dropout": "0.2", "--rank": "2", "--dtype": "fp32", "--device": "cpu",
 }  # fmt: skip
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -91,7 +91,7 @@ def whole(fresh, tok, data_file, tmp_path_factory) -> Path:
 
 def test_two_processes_train_what_one_trains_and_speak_once(model_folder, data_file, whole, tmp_path):
     told = said(launch(*command(model_folder, data_file, tmp_path / "two"), "--json"))
-    assert json.loads(told)["steps"] == 150
+    assert json.loads(told)["steps"] == 60
     same(tmp_path / "two", whole)
 
 
@@ -112,7 +112,7 @@ def test_ctrl_c_stops_all_after_one_step_and_one_process_goes_on(fresh, tok, mod
     assert running.returncode != 0
     assert err.count("continue with: lorica train --resume") == 1
     saved, _ = state.read(path)
-    assert 3 <= saved.step == len(losses(path)) < 150
+    assert 3 <= saved.step == len(losses(path)) < 60
     lorica.train(fresh(), tok, data_file, resume=path)
     same(path, whole)
 
@@ -139,7 +139,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(model_folder, data_f
     assert [process.returncode for process in both] == [130, 130]
     assert f"continue with: lorica train --resume {path}" in told[0][1]
     assert told[1] == ("", "")
-    assert state.read(path)[0].step == len(losses(path)) < 150
+    assert state.read(path)[0].step == len(losses(path)) < 60
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_a_sharded_base_keeps_its_dtype_and_one_process_goes_on(fresh, tok, rows
             sys.path.insert(0, {str(Path(__file__).parent)!r})
             import lorica
             from lorica.train import Interrupted, processes
-            from conftest import make_rows, make_tok
+            from conftest import make_model, make_rows, make_tok
             from test_processes import TIED, tied
 
             def stop(event):
@@ -161,7 +161,7 @@ def test_a_sharded_base_keeps_its_dtype_and_one_process_goes_on(fresh, tok, rows
                     os.kill(os.getpid(), signal.SIGTERM)
 
             with processes.joined("cpu"):
-                model = tied()
+                model = tied(make_model())
                 try:
                     lorica.train(model, make_tok(), make_rows(), TIED, out={str(path)!r}, report=stop)
                 except Interrupted as stopped:
@@ -175,10 +175,10 @@ def test_a_sharded_base_keeps_its_dtype_and_one_process_goes_on(fresh, tok, rows
     )
     kinds = json.loads(said(launch(str(script), **FSDP2)))
     assert kinds == [[["Parameter", "torch.float32"]], [["DTensor", "torch.bfloat16"]]]
-    Adapter.load(path / "last").apply(model := tied())
+    Adapter.load(path / "last").apply(model := tied(fresh()))
     assert all(parameter.any() for parameter in lorica.trainable(model).values())
-    lorica.train(tied(), tok, rows, resume=path)
-    lorica.train(tied(), tok, rows, TIED, out=tmp_path / "whole")
+    lorica.train(tied(fresh()), tok, rows, resume=path)
+    lorica.train(tied(fresh()), tok, rows, TIED, out=tmp_path / "whole")
     same(path, tmp_path / "whole", limit=0.02)  # bf16 keeps three digits
 
 
@@ -187,10 +187,7 @@ TIED = TrainSettings(
 )
 
 
-def tied():
-    from conftest import make_model
-
-    model = make_model()
+def tied(model):
     model.config.tie_word_embeddings = True
     model.lm_head.weight = model.model.embed_tokens.weight
     return model.bfloat16()

@@ -60,7 +60,9 @@ def accelerator_for(model: nn.Module) -> Accelerator:
     on_cpu = {device.type for device in devices} == {"cpu"}
     made = Accelerator(cpu=several() and on_cpu, mixed_precision="no", device_placement=False)
     if several() and made.num_processes == 1:
-        raise LoricaError("this process does not know the others that it was started with; is the model on a GPU or CPU?")
+        raise LoricaError(
+            "this process does not find the others that it was started with: put the model on a GPU or CPU"
+        )
     if several() and len(devices) > 1:
         raise LoricaError("a model that is spread over devices is trained by one process; start it as a single one")
     if made.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
