@@ -1,14 +1,15 @@
 """One contender in one process: reads token ids, trains, prints one line of JSON. Started by `train.py`.
 
 Every contender trains a rank 8 update of all linear layers with AdamW at 2e-4 on the same batches in the same order.
-A name is FAMILY_HOW: `default`, or a dtype, then rows per micro-batch (those of a step sorted by length and accumulated;
-left out: all of a step at once), then what else the library offers (`FLAGS`).
+A name is FAMILY_HOW: `default`, or a dtype, then rows per micro-batch (those of a step sorted by length and
+accumulated; left out: all of a step at once), then what else the library offers (`FLAGS`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -271,7 +272,7 @@ def _timed(kind: Any, **arguments: Any) -> list[dict[str, float]]:
     used.update(weights, attention=trainer.model.config._attn_implementation)
     trainer.train()
     losses = [event["loss"] for event in trainer.state.log_history if "loss" in event]
-    seconds = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    seconds = [after - before for before, after in itertools.pairwise(marks)]
     return [{"loss": loss, "seconds": took} for loss, took in zip(losses, seconds, strict=True)]
 
 

@@ -1,5 +1,5 @@
-"""Training on one GPU: a model of 8B parameters (random weights, bf16, r=16 on all linear layers, rows of 4,096 tokens),
-and one of 1B beside PEFT under transformers' Trainer; the plan's error on both.
+"""Training on one GPU: a model of 8B parameters (random weights, bf16, r=16 on all linear layers, rows of 4,096), and
+one of 1B beside PEFT under transformers' Trainer; the plan's error on both.
 
     python bench/gpu.py --json
     python bench/gpu.py --shapes tiny --device cpu        # that the script works, where there is no GPU
@@ -126,7 +126,8 @@ def _peft(model: Any, rows: list[list[int]], options: argparse.Namespace, out: s
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM"))
     arguments = TrainingArguments(
         output_dir=out, per_device_train_batch_size=options.rows, max_steps=options.steps, learning_rate=1e-4,
-        bf16=True, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True, use_cpu=options.device == "cpu",
+        bf16=True, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True,
+        use_cpu=options.device == "cpu",
     )  # fmt: skip
     data = Dataset.from_dict({"input_ids": rows, "labels": rows})
     return [step["seconds"] for step in _timed(Trainer, model=model, args=arguments, train_dataset=data)], 0

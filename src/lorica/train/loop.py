@@ -32,7 +32,6 @@ from lorica.train.guards import finite
 from lorica.train.optimizer import Optimizer
 from lorica.train.settings import TrainSettings, rate
 
-
 # What a loss is multiplied by so that fp16 holds its gradients, the next one where they overflow. Each update begins
 # with the first, so that a resumed run repeats them.
 FP16_SCALES = (2.0**14, 2.0**9, 2.0**4, 1.0)
