@@ -71,27 +71,27 @@ def swept(fresh, tok, rows, tmp_path_factory):
 
 @pytest.mark.parametrize("name", list(UNLIKE))
 def test_each_member_is_what_it_is_alone(swept, name, fresh, tok, rows, tmp_path):
-    same_as_alone(swept[1].path / name, fresh, tok, rows, UNLIKE[name], tmp_path)
+    assert same_as_alone(swept[1].path / name, fresh, tok, rows, UNLIKE[name], tmp_path)
 
 
 def test_packs_that_cut_through_a_members_batch_change_nothing(fresh, tok, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(many, "micro_tokens", lambda device: 20)
     sweep = many.train(fresh(), tok, rows, UNLIKE, out=tmp_path / "s")
     for name in ("b", "c"):
-        same_as_alone(sweep.path / name, fresh, tok, rows, UNLIKE[name], tmp_path)
+        assert same_as_alone(sweep.path / name, fresh, tok, rows, UNLIKE[name], tmp_path)
 
 
 def test_smoothing_and_checkpointing_change_a_member_as_they_change_a_run(fresh, tok, rows, tmp_path):
     members = {name: changed(label_smoothing=0.1, checkpointing="on", rank=rank) for name, rank in (("a", 2), ("b", 3))}
     sweep = many.train(fresh(), tok, rows, members, out=tmp_path / "s")
-    same_as_alone(sweep.path / "b", fresh, tok, rows, members["b"], tmp_path)
+    assert same_as_alone(sweep.path / "b", fresh, tok, rows, members["b"], tmp_path)
 
 
 def test_fused_projections_and_conv1d_are_exact_too(tok, rows, tmp_path):
     members = {"a": changed(targets="qv", steps=3), "b": changed(rank=4, steps=2, dropout=0.2)}
     sweep = many.train(FAMILIES["gpt2"](), tok, rows, members, out=tmp_path / "s")
     for name, settings in members.items():
-        same_as_alone(sweep.path / name, FAMILIES["gpt2"], tok, rows, settings, tmp_path)
+        assert same_as_alone(sweep.path / name, FAMILIES["gpt2"], tok, rows, settings, tmp_path)
 
 
 def poisoned(model, letter):
