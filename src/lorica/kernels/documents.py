@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -20,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from lorica.kernels.within import Layout, Within, layout
 
 NAME = "lorica"
 
@@ -58,10 +59,22 @@ class Documents:
             place += count
         return found
 
-    @functools.cache  # noqa: B019 - a pack lives as long as one pass
+    @functools.cached_property
+    def _made(self) -> dict[Any, Any]:
+        """What the methods below made once for all layers of a pass."""
+        return {}
+
     def bounds(self, device: torch.device) -> Tensor:
         """`starts` as int32 on a device, as variable-length attention takes them."""
-        return torch.tensor(self.starts, dtype=torch.int32, device=device)
+        if device not in self._made:
+            self._made[device] = torch.tensor(self.starts, dtype=torch.int32, device=device)
+        return self._made[device]
+
+    def layout(self, *how: Any) -> Layout:
+        """`within.layout` of these documents."""
+        if how not in self._made:
+            self._made[how] = layout(self.lengths, *how)
+        return self._made[how]
 
     def kept(self, width: int, p: float, salt: int, start: int, stop: int, like: Tensor) -> Tensor:
         """What dropout keeps of tokens `start` to `stop`, already divided by ``1 - p``: ``[stop - start, width]``.
@@ -143,7 +156,8 @@ def attention(
     rows = tuple(states[0].transpose(0, 1) for states in (query, key, value))
     window = sliding_window if sliding_window and sliding_window < max(here.lengths) else None
     if query.device.type in ("cpu", "meta") and not (window or softcap or dropout):
-        return _Within.apply(*rows, here, causal, scale)[None], None
+        where = here.layout(query.shape[1], key.shape[1], causal, query.device)
+        return Within.apply(*rows, where, causal, scale)[None], None
     if query.is_cuda and not softcap and not dropout and query.dtype != torch.float32:
         return _varlen(rows, here, causal, scale, window)[None], None
     sizes = [count * length for count, length in here.buckets]
@@ -153,79 +167,6 @@ def attention(
         out = _bucket(q, k, v, causal, scale, window, softcap, dropout)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)[None], None
-
-
-class _Within(torch.autograd.Function):
-    """Attention within documents on a CPU, head by head, straight into one tensor.
-
-    Half of the time for short documents would go to autograd's bookkeeping of their pieces. For those up to `SHORT`
-    tokens the probabilities are kept, and three products make the backward pass, which takes half the time of the
-    kernel that computes them again. Always in fp32: that kernel takes several times as long in bf16.
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, here: Documents, causal: bool, scale: float) -> Tensor:
-        ctx.how = (here, causal, scale, q.dtype)
-        q, k, v = kept_states = tuple(states.transpose(0, 1).float().contiguous() for states in (q, k, v))
-        k, v = _repeated(k, q), _repeated(v, q)
-        out = torch.empty_like(q)
-        kept = []
-        masks = _masks(here.lengths, causal, q)
-        for start, stop in itertools.pairwise(here.starts):
-            query, key, value = q[:, start:stop], k[:, start:stop], v[:, start:stop]
-            if (length := stop - start) <= SHORT:
-                scores = torch.baddbmm(masks[length], query, key.transpose(1, 2), alpha=scale)
-                kept.append(torch.softmax(scores, -1, out=scores))
-                torch.bmm(scores, value, out=out[:, start:stop])
-            else:
-                found, logsumexp = _flash(query[None], key[None], value[None], 0.0, causal, scale=scale)
-                out[:, start:stop] = found[0]
-                kept.append(logsumexp)
-        ctx.save_for_backward(*kept_states, out if max(here.lengths) > SHORT else None, *kept)
-        return out.transpose(0, 1).to(ctx.how[-1], memory_format=torch.contiguous_format)
-
-    @staticmethod
-    def backward(ctx, dout: Tensor):
-        q, k, v, out, *kept = ctx.saved_tensors
-        here, causal, scale, dtype = ctx.how
-        kv_heads = len(k)
-        k, v = _repeated(k, q), _repeated(v, q)
-        dout = dout.transpose(0, 1).float().contiguous()
-        dq, dk, dv = (torch.empty_like(q) for _ in range(3))
-        for (start, stop), sums in zip(itertools.pairwise(here.starts), kept, strict=True):
-            query, key, value, do = (states[:, start:stop] for states in (q, k, v, dout))
-            if stop - start <= SHORT:
-                torch.bmm(sums.transpose(1, 2), do, out=dv[:, start:stop])
-                slope = torch.bmm(do, value.transpose(1, 2))
-                slope = torch.ops.aten._softmax_backward_data(slope, sums, -1, torch.float32).mul_(scale)
-                torch.bmm(slope, key, out=dq[:, start:stop])
-                torch.bmm(slope.transpose(1, 2), query, out=dk[:, start:stop])
-            else:
-                pieces = (states[None] for states in (do, query, key, value, out[:, start:stop]))
-                found = _flash_backward(*pieces, sums, 0.0, causal, scale=scale)
-                for grad, part in zip((dq, dk, dv), found, strict=True):
-                    grad[:, start:stop] = part[0]
-        dk, dv = (grad.unflatten(0, (kv_heads, -1)).sum(1) for grad in (dk, dv))
-        return *(grad.transpose(0, 1).to(dtype) for grad in (dq, dk, dv)), None, None, None
-
-
-SHORT = 128
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def _repeated(states: Tensor, q: Tensor) -> Tensor:
-    """``[kv heads, T, dim]`` to ``[heads, T, dim]``: each key or value head once for each of its queries' heads."""
-    return states if len(states) == len(q) else states.repeat_interleave(len(q) // len(states), 0)
-
-
-def _masks(lengths: Sequence[int], causal: bool, like: Tensor) -> dict[int, Tensor]:
-    """What is added to the scores of short documents, by length: ``[1, length, length]``, views of one matrix."""
-    longest = max((length for length in lengths if length <= SHORT), default=0)
-    whole = like.new_zeros(longest, longest)
-    if causal:
-        whole = whole.fill_(float("-inf")).triu_(1)
-    return {length: whole[None, :length, :length] for length in lengths if length <= SHORT}
 
 
 def _bucket(

@@ -1,8 +1,8 @@
 """Output head and cross-entropy as one operation on the labelled rows, with its gradient made in the forward pass.
 
-The logits of a few hundred rows at a time are written to one buffer and turned, in place, into the gradient's factor
-``softmax - target``; its product with the head's matrix is all that is kept. Two products per labelled row instead of
-three, and no tensor of tokens times vocabulary.
+The logits of a few hundred rows at a time are written to one buffer and turned, a few rows at a time in fp32, into the
+gradient's factor ``softmax - target``; its product with the head's matrix is all that is kept. Two products per
+labelled row instead of three, and no tensor of tokens times vocabulary.
 
 It runs inside the model's own forward, which may be wrapped by others: `bare` lets the head return the hidden rows that
 it was given, and the model's `loss_function` then finishes the work.
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-BUFFER = 1 << 24  # elements of a chunk of logits: 64 MB in fp32, so that few rows of any vocabulary fit
+BUFFER = 1 << 24  # logits of one product: few rows of any vocabulary fit, and the head's matrix is read seldom
+CACHED = 1 << 19  # logits that a CPU turns into a gradient at a time: 2 MB in fp32 stay in its cache
 
 
 @dataclass(frozen=True)
@@ -44,25 +45,17 @@ class LabelledLoss(torch.autograd.Function):
         nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
         dh = torch.empty_like(h) if h.requires_grad else None
         rows = max(1, min(len(h), BUFFER // W.shape[0]))
-        buffer = torch.empty(rows, W.shape[0], dtype=torch.float32, device=h.device)
+        few = rows if h.is_cuda else max(1, min(rows, CACHED // W.shape[0]))
+        buffer = torch.empty(rows, W.shape[0], dtype=h.dtype, device=h.device)
+        wide = torch.empty(few, W.shape[0], dtype=torch.float32, device=h.device)
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
-            at = wanted[part, None]
-            logits, slope = _logits(h[part], W, b, shape, buffer)
-            torch.log_softmax(logits, -1, out=logits)
-            nll[part] = -logits.gather(1, at).squeeze(1)
-            if smooth:
-                nll[part].mul_(1 - smooth).sub_(logits.mean(-1), alpha=smooth)
-            if dh is None:
-                continue
-            logits.exp_()
-            if smooth:
-                logits.sub_(smooth / W.shape[0])
-            logits.scatter_add_(1, at, at.new_full(at.shape, -1, dtype=torch.float32).mul_(1 - smooth))
-            logits.mul_(weights[part, None].float() * shape.scale)
-            if slope is not None:
-                logits.mul_(slope)
-            torch.mm(logits.to(h.dtype), W, out=dh[part])
+            logits = torch.mm(h[part], W.T, out=buffer[: len(h[part])])
+            each = (found.split(few) for found in (logits, wanted[part], weights[part], nll[part]))
+            for now, goal, weight, out in zip(*each, strict=True):
+                now.copy_(_into_gradient(now, wide, b, goal, weight, out, shape, smooth))
+            if dh is not None:
+                torch.mm(logits, W, out=dh[part])
         ctx.save_for_backward(*(() if dh is None else (dh,)))
         ctx.mark_non_differentiable(nll)
         return (nll * weights).sum(), nll
@@ -73,22 +66,38 @@ class LabelledLoss(torch.autograd.Function):
         return dh * dloss.to(dh.dtype), *[None] * 6
 
 
-def _logits(h: Tensor, W: Tensor, b: Tensor | None, shape: Shape, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits of some rows in the buffer, and the softcap's slope there."""
-    logits = buffer[: len(h)]
-    if h.dtype == torch.float32:
-        torch.mm(h, W.T, out=logits)
-    else:
-        logits.copy_(h @ W.T)
+def _into_gradient(
+    given: Tensor,
+    wide: Tensor,
+    b: Tensor | None,
+    wanted: Tensor,
+    weights: Tensor,
+    nll: Tensor,
+    shape: Shape,
+    smooth: float,
+) -> Tensor:
+    """The gradient of ``sum weights nll`` by products ``h W^T`` of some rows, in `wide`; fills their nll."""
+    z = wide[: len(given)].copy_(given)
+    at = wanted[:, None]
     if b is not None:
-        logits.add_(b)
+        z.add_(b)
     if shape.scale != 1.0:
-        logits.mul_(shape.scale)
-    if shape.softcap is None:
-        return logits, None
-    logits.div_(shape.softcap).tanh_()
-    slope = 1 - logits.square()
-    return logits.mul_(shape.softcap), slope
+        z.mul_(shape.scale)
+    slope = None
+    if shape.softcap is not None:
+        z.div_(shape.softcap).tanh_()
+        slope = 1 - z.square()
+        z.mul_(shape.softcap)
+    torch.log_softmax(z, -1, out=z)
+    nll.copy_(z.gather(1, at).squeeze(1).neg_())
+    if smooth:
+        nll.mul_(1 - smooth).sub_(z.mean(-1), alpha=smooth)
+    z.exp_()
+    if smooth:
+        z.sub_(smooth / z.shape[1])
+    z.scatter_add_(1, at, at.new_full(at.shape, smooth - 1, dtype=torch.float32))
+    z.mul_(weights[:, None].float() * shape.scale)
+    return z if slope is None else z.mul_(slope)
 
 
 # What a family does to its logits after the head, and where it keeps the number: (holder, attribute, neutral value,
