@@ -217,6 +217,7 @@ def work_of(config: PretrainedConfig, settings: Any, examples: Sequence[Example]
     drawn = sorted(examples, key=lambda example: -len(example.ids))[: settings.batch]
     tokens = sum(len(example.ids) for example in drawn)
     kind = resolve_dtype(settings.dtype, settings.device)
+    device = torch.device(settings.device if settings.device != "auto" else "cpu")
     return Work(
         method=method,
         targets=settings.targets,
@@ -225,7 +226,7 @@ def work_of(config: PretrainedConfig, settings: Any, examples: Sequence[Example]
         checkpointing=settings.checkpointing == "on",
         lengths=tuple(len(example.ids) for example in drawn),
         labelled=sum(sum(example.loss[1:]) for example in drawn) / tokens,
-        micro_tokens=micro_tokens(torch.device(settings.device if settings.device != "auto" else "cpu")),
+        micro_tokens=micro_tokens(device, kind),
         micro=settings.micro,
     )
 

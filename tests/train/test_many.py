@@ -75,7 +75,7 @@ def test_each_member_is_what_it_is_alone(swept, name, fresh, tok, rows, tmp_path
 
 
 def test_packs_that_cut_through_a_members_batch_change_nothing(fresh, tok, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(many, "micro_tokens", lambda device: 20)
+    monkeypatch.setattr(many, "micro_tokens", lambda device, dtype: 20)
     sweep = many.train(fresh(), tok, rows, UNLIKE, out=tmp_path / "s")
     for name in ("b", "c"):
         assert same_as_alone(sweep.path / name, fresh, tok, rows, UNLIKE[name], tmp_path)

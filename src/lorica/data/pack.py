@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from lorica.data.encoding import Example
+from lorica.kernels.within import in_tiles
 
 # Enough rows for a matrix product to be efficient, while full fp32 logits over 50,000 tokens stay at 0.4 GB.
 MICRO_TOKENS = 2048
 # On a CPU more does not make a product faster, only what is kept larger; less reads all weights once more per update.
+# Where it multiplies bf16 in tiles, reading them is what takes the time, and it is given as much as a GPU.
 CPU_MICRO_TOKENS = 768
 
 
@@ -57,9 +59,10 @@ def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Pac
     return Pack(row[None], positions[None], lengths, at, goal, tuple(counts))
 
 
-def micro_tokens(device: torch.device) -> int:
-    """Tokens of a forward pass on a device."""
-    return CPU_MICRO_TOKENS if device.type in ("cpu", "meta") else MICRO_TOKENS
+def micro_tokens(device: torch.device, dtype: torch.dtype) -> int:
+    """Tokens of a forward pass on a device, in the number format of the base."""
+    slow = device.type in ("cpu", "meta") and not in_tiles(dtype)
+    return CPU_MICRO_TOKENS if slow else MICRO_TOKENS
 
 
 def packs(

@@ -109,7 +109,9 @@ def _backward(
 ) -> Tensor:
     """Accumulate this process's part of an update's gradient, times `scale`; returns the loss over all processes."""
     device = next(model.parameters()).device
-    pieces = (packs if passes.quick else cut)(batch, micro, accelerator.num_processes, micro_tokens(device))
+    pieces = (packs if passes.quick else cut)(
+        batch, micro, accelerator.num_processes, micro_tokens(device, passes.dtype)
+    )
     pieces = pieces[accelerator.process_index :: accelerator.num_processes]
     total, loss = labels_in(batch), torch.zeros((), device=device)
     for places in pieces:

@@ -167,7 +167,8 @@ class _Together:
                 patch.eject(model)
             raise
         self.notes = (own,) if (own := _own_dropout(model)) else ()
-        self.budget, self.micro, self.seed = micro_tokens(next(model.parameters()).device), first.micro, first.seed
+        self.budget = micro_tokens(next(model.parameters()).device, self.passes.dtype)
+        self.micro, self.seed = first.micro, first.seed
 
     def _injected(self, tok: Any, members: Mapping[str, TrainSettings]) -> list[str]:
         faults = []
