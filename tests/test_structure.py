@@ -24,8 +24,8 @@ LAYERS = [
     {"methods", "models", "data"},
     {"evaluate", "inspect", "passes"},
     {"plan"},
-    {"train", "analysis", "serve"},
-    {"quickstart"},
+    {"train", "analysis", "serve", "counts"},
+    {"quickstart", "hub"},
     {"cli"},
     {"__main__"},
 ]

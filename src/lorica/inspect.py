@@ -26,10 +26,11 @@ def inspect(thing: str | Path, norms: bool = False) -> dict[str, Any]:
     """
     path = Path(thing).expanduser()
     if str(thing) not in models.BUILTIN and path.is_dir():
-        if (path / "run.toml").is_file():
-            return _run(path, norms)
+        # First: an adapter from a hub has the settings of its run beside it.
         if (path / peft.CONFIG).is_file():
             return _adapter(path, norms)
+        if (path / "run.toml").is_file():
+            return _run(path, norms)
         if not (path / "config.json").is_file() and (found := _adapter_folders(path)):
             return {"kind": "folder", "path": str(path), "adapters": [_row(folder, path) for folder in found]}
     return _model(thing)

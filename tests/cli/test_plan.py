@@ -45,3 +45,26 @@ def test_the_papers_largest_model_shows_the_papers_claims(capsys):
 def test_an_unknown_model_is_an_error(capsys):
     assert main(["plan", "./no-such-thing"]) == 1
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_the_papers_parameter_counts_are_a_table_that_ends_with_the_marks(capsys):
+    assert main(["plan", "--params", "paper"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("15 ") and "603.8M" in line and "603,979,776" in line and "misprint" in line
+               for line in lines)  # fmt: skip
+    assert any("by formula" in line for line in lines)
+    assert lines[-2] == "64 ok, 17 misprints, 16 nominal"
+    assert lines[-1].startswith("next:  lorica plan")
+
+
+def test_the_papers_parameter_counts_are_one_object(capsys):
+    assert main(["plan", "--params", "paper", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["marks"] == {"ok": 64, "misprint": 17, "nominal": 16}
+    row = next(row for row in told["rows"] if row["table"] == "2" and row["model"] == "DeBERTa XXL" and row["settings"])
+    assert (row["printed"], row["formula"], row["counted"], row["mark"]) == ("4.7M", 4_718_592, 4_718_592, "ok")
+
+
+def test_a_plan_without_a_model_is_wrong_use(capsys):
+    assert main(["plan"]) == 2
+    assert "MODEL is missing" in capsys.readouterr().err

@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "plan": "will it fit, how long will it take",
     "data": "what the model will see of DATA, loss tokens marked",
     "plot": "curves of one or more runs",
+    "push": "an adapter to the hub, with its card; lists every file first",
     "doctor": "this machine, this install",
 }
 _EXAMPLES = """examples:

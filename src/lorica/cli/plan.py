@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from lorica.cli.parse import Common
+from lorica.cli.parse import Common, WrongUse
 from lorica.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -20,16 +20,24 @@ if TYPE_CHECKING:
 class Settings(TrainSettings, Common):
     """Memory and time of a training before anything is loaded, from shapes alone; the settings are those of train."""
 
-    model: tyro.conf.Positional[str]
+    model: tyro.conf.Positional[str] = ""
     """A built-in alias, a folder, a .gguf file, a hub id, or gpt3-175b, the largest model of the paper."""
     data: tyro.conf.Positional[str] = ""
     """What would be trained on; without it, rows of --len tokens."""
     len: int = 512
     """Tokens of a row, without DATA; all of them are predicted then."""
+    params: Literal["none", "paper"] = "none"
+    """Without MODEL; paper: every parameter count that the paper prints, beside its formula and the injected model."""
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: Settings) -> int | dict[str, Any]:
     """Predict, print; returns everything as one object for `--json`."""
+    if settings.params == "paper":
+        from lorica.cli import params
+
+        return params.show(settings.json)
+    if not settings.model:
+        raise WrongUse("MODEL is missing\nsee lorica plan --help")
     import psutil
 
     from lorica import plan

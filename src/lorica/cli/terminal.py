@@ -23,12 +23,12 @@ def say(text: str = "") -> None:
     print(text, file=sys.stdout, flush=True)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns of results on stdout: the first to the left, numbers to the right."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Columns of results on stdout: the first (or `left` of them) to the left, numbers to the right."""
     widths = [max(len(str(row[place])) for row in [head, *rows]) for place in range(len(head))]
     for row in [head, *rows]:
         cells = [
-            f"{cell:<{width}}" if not place else f"{cell:>{width}}"
+            f"{cell:<{width}}" if place < left else f"{cell:>{width}}"
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         say("  ".join(cells).rstrip())

@@ -1,35 +1,104 @@
-"""README.md of a run: what was trained, on what, how, what came of it, how to use it, and what it is not."""
+"""README.md of an adapter: what was trained, on what, how, what came of it, how to use it, and what it is not.
+
+`card` is for a run folder on this machine, `hub_card` for the adapter alone on a model hub.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# vLLM takes only these as --max-lora-rank.
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# What model hubs call the task of a model, by what PEFT calls it.
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+}
+
 
 def card(facts: Mapping[str, Any]) -> str:
-    """The card as Markdown, with the metadata block that model hubs read.
+    """The card of a run as Markdown, with the metadata block that model hubs read.
 
     `facts` are those of `train.setup.facts` and what came of the run (`run`, `steps`, `best_step`, `before`, `after`,
     `seconds`, `peak_rss_bytes`), with `curve` true where there is a picture.
     """
-    local = Path(facts["model"]).is_absolute()
-    base = [] if local else [f"base_model: {facts['model']}"]
-    head = ["---", *base, "library_name: peft", "tags:", "- lora", "---"]
+    base = facts["model"]
     parts = [
-        "\n".join(head),
+        _head("" if Path(base).is_absolute() else base),
         f"# {facts['run']}",
-        f"A LoRA adapter for `{facts['model']}`, trained with lorica. `best/` is the adapter of the lowest held-out"
+        f"A LoRA adapter for `{base}`, trained with lorica. `best/` is the adapter of the lowest held-out"
         f" loss (update {facts['best_step']:,}), `last/` the newest; both are in PEFT's layout.",
         "## Results\n\n" + _results(facts),
         "![loss while training](curve.png)" if facts.get("curve") else "",
         "## Data\n\n" + _data(facts),
         "## Settings\n\n" + _settings(facts),
         "All of them are in `run.toml`; `lorica train -c run.toml` repeats the run.",
-        "## Use\n\n" + _use(facts["model"], facts["rank"]),
+        "## Use\n\n" + _use(base, "best", facts["rank"], thing="."),
         "## Limits\n\n" + _limits(facts),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def hub_card(facts: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    """The card of an adapter on a model hub, whose repository holds it at its top.
+
+    Args:
+        facts: those of `card` where the run is known, with `model` the base's hub id, and of any adapter: `repo`,
+            `rank` (the largest), `scales`, `targets_found` (layers by name), `trainable`, `task`, `layout` (PEFT's
+            type), `vllm_refuses` (why vLLM cannot read it, or empty), `trained_on` (what the base was while training,
+            if not the hub's weights), `license` (or empty), `sha256` (of what it does).
+        files: sha256 by name, of everything that lies beside the card.
+    """
+    base, known = facts["model"], "steps" in facts
+    link = f"[`{base}`](https://huggingface.co/{base})"
+    parts = [
+        _head(base, facts["task"], facts["license"]),
+        f"# {facts['repo'].rpartition('/')[2]}",
+        f"A {_kind(facts)} adapter for {link}, trained with lorica.",
+        "## Results\n\n" + (_results(facts) if "before" in facts else _UNMEASURED),
+        "![loss while training](curve.png)" if "curve.png" in files else "",
+        "## Data\n\n" + _data(facts) if known else "",
+        "## Settings\n\n" + (_settings(facts) if known else _settings_of_adapter(facts)),
+        "All of them are in `run.toml`." if "run.toml" in files else "",
+        "## Use\n\n" + _hub_use(facts),
+        "## Limits\n\n" + _limits(facts),
+        "## Files\n\n" + _table(("file", "sha256"), [(f"`{name}`", f"`{digest}`") for name, digest in files.items()]),
+        f"sha256 of the scales and tensors, whatever the file: `{facts['sha256']}`.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_UNMEASURED = "No measurement is known of this adapter."
+
+
+def _head(base: str, task: str = "", license: str = "") -> str:
+    """The metadata block; its keys are those that Hugging Face's hub reads."""
+    pipeline = _PIPELINES.get(task, "")
+    tags = ["lora", "lorica", *([f"base_model:adapter:{base}"] if base else [])]
+    lines = {
+        "base_model": base,
+        "base_model_relation": "adapter" if base else "",
+        "library_name": "peft",
+        "license": license,
+        "pipeline_tag": pipeline,
+    }
+    said = [f"{key}: {_yaml(value)}" for key, value in lines.items() if value]
+    return "\n".join(["---", *said, "tags:", *(f"- {_yaml(tag)}" for tag in tags), "---"])
+
+
+def _yaml(text: str) -> str:
+    """Text as a YAML scalar: as it is where that cannot be misread, else as a JSON string, which YAML takes too."""
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*(:[\w./-]+)*", text) and text.lower() not in ("null", "true", "false", "no")
+    return text if plain else json.dumps(text)
+
+
+def _kind(facts: Mapping[str, Any]) -> str:
+    return "LoRA" if facts["method"] == "lora" else facts["method"]
 
 
 def _results(facts: Mapping[str, Any]) -> str:
@@ -37,8 +106,8 @@ def _results(facts: Mapping[str, Any]) -> str:
     if facts["before"] is None:
         return f"No rows were held out, so nothing was measured. Training took {spent}."
     rows = [("base", facts["before"]), ("with this adapter", facts["after"])]
-    lines = ["| | held-out loss (nats per token) |", "|---|--:|", *(f"| {name} | {loss:.4f} |" for name, loss in rows)]
-    return "\n".join(lines) + f"\n\nMeasured on {facts['held_out']:,} held-out examples. Training took {spent}."
+    lines = _table(("", "held-out loss (nats per token)"), [(name, f"{loss:.4f}") for name, loss in rows])
+    return f"{lines}\n\nMeasured on {facts['held_out']:,} held-out examples. Training took {spent}."
 
 
 def _data(facts: Mapping[str, Any]) -> str:
@@ -57,53 +126,107 @@ def _settings(facts: Mapping[str, Any]) -> str:
         "base in": facts["dtype"],
         "seed": facts["seed"],
     }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return _table(("", ""), list(rows.items()))
 
 
-def _use(model: str, rank: int) -> str:
-    # vLLM takes only these.
-    largest = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+def _settings_of_adapter(facts: Mapping[str, Any]) -> str:
+    scales = ", ".join(f"{scale:g}" for scale in facts["scales"])
+    rows = {
+        "method": f"{facts['method']}, rank {facts['rank']} at most, scale {scales}",
+        "targets": facts["targets_found"],
+        "trained parameters": f"{facts['trainable']:,}",
+    }
+    return _table(("", ""), list(rows.items()))
+
+
+def _table(head: tuple[str, str], rows: Sequence[tuple[str, Any]]) -> str:
+    lines = [f"| {left} | {right} |" for left, right in rows]
+    return "\n".join([re.sub(" +", " ", f"| {head[0]} | {head[1]} |"), "|---|---|", *lines])
+
+
+def _use(base: str, adapter: str, rank: int, thing: str) -> str:
+    """How to load it; `adapter` is in PEFT's layout, `thing` what lorica's commands take."""
+    parts = [_lorica(base, adapter, thing), _peft(base, adapter), _merged(thing), _vllm(base, adapter, rank)]
+    return "\n\n".join([*parts, _llama_cpp(thing)])
+
+
+def _hub_use(facts: Mapping[str, Any]) -> str:
+    base, repo, rank = facts["model"], facts["repo"], facts["rank"]
+    parts = [_lorica(base, repo, repo)]
+    if facts["layout"] == "LORA":
+        parts.append(_peft(base, repo))
+    parts.append(_merged(repo))
+    if facts["layout"] == "LORA" and not facts["vllm_refuses"]:
+        parts += [_vllm(base, repo, rank), _llama_cpp(repo)]
+    else:
+        why = facts["vllm_refuses"] or "it is no plain LoRA"
+        parts.append(f"vLLM, llama.cpp and Ollama take the merged model only: {why}.")
+    return "\n\n".join(parts)
+
+
+def _lorica(base: str, adapter: str, thing: str) -> str:
     return f"""With lorica:
 
 ```bash
-lorica chat .
+lorica chat {thing}
 ```
 
 ```python
 import lorica
-model, tok = lorica.load("{model}")
-lorica.Adapter.load("best").apply(model)
-```
+model, tok = lorica.load("{base}")
+lorica.Adapter.load("{adapter}").apply(model)
+```"""
 
-With PEFT:
+
+def _peft(base: str, adapter: str) -> str:
+    return f"""With PEFT:
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "best")
-```
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{adapter}")
+```"""
 
-With transformers alone, after `lorica merge . -o merged`:
+
+def _merged(thing: str) -> str:
+    return f"""With transformers alone, after `lorica merge {thing} -o merged`:
 
 ```python
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("merged")
-```
+```"""
 
-With vLLM:
+
+def _vllm(base: str, adapter: str, rank: int) -> str:
+    largest = next((size for size in _VLLM_RANKS if size >= rank), rank)
+    return f"""With vLLM:
 
 ```bash
-vllm serve {model} --enable-lora --max-lora-rank {largest} --lora-modules mine=best
+vllm serve {base} --enable-lora --max-lora-rank {largest} --lora-modules mine={adapter}
+```"""
+
+
+def _llama_cpp(thing: str) -> str:
+    return f"""With llama.cpp, over the same base model as a GGUF file (`--to ollama` writes what Ollama takes):
+
+```bash
+lorica convert {thing} --to gguf -o adapter.gguf
+llama-cli -m base.gguf --lora adapter.gguf
 ```"""
 
 
 def _limits(facts: Mapping[str, Any]) -> str:
+    measured = facts.get("before") is not None
     lines = [
         "It changes what the base model does on data like its own; what it does elsewhere was not measured.",
         "It works on the base model it was trained on, and keeps that model's licence, knowledge and biases.",
     ]
-    if facts["before"] is not None and not facts["after"] < facts["before"]:
+    if measured:
+        lines.append("The loss is all that was measured: not the answers themselves, nor their safety or fairness.")
+    if measured and not facts["after"] < facts["before"]:
         lines.append("Its held-out loss is not lower than the base's.")
-    elif facts["before"] is not None:
+    elif measured:
         lines.append("The best of several measurements was kept, so its held-out loss is slightly optimistic.")
+    if facts.get("trained_on"):
+        lines.append(f"While training, the base was {facts['trained_on']}, not the hub's own weights.")
     return "\n".join(f"- {line}" for line in lines)
