@@ -24,7 +24,7 @@ LAYERS = [
     {"methods", "models", "data"},
     {"evaluate", "inspect", "passes"},
     {"plan"},
-    {"train", "analysis", "serve", "counts"},
+    {"train", "analysis", "serve", "counts", "export"},
     {"quickstart", "hub"},
     {"cli"},
     {"__main__"},

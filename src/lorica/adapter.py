@@ -13,9 +13,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from lorica import patch, weights
+from lorica import formats, patch, weights
 from lorica.errors import LoricaError, all_faults
-from lorica.formats import Contents, peft
+from lorica.formats import Contents, mlx, peft
 from lorica.lowrank import LoRA
 from lorica.targets import Target, candidates
 
@@ -63,11 +63,12 @@ class Adapter:
 
     @classmethod
     def load(cls, source: str | Path) -> Adapter:
-        """Read an adapter from a folder in PEFT's layout, or from a hub id. Pickles are refused."""
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = _from_hub(str(source))
-        return cls(*peft.read(folder))
+        """Read an adapter from a folder or a file, or from a hub id. Pickles are refused.
+
+        PEFT's layout is the native one; those of loralib, llama.cpp (GGUF) and mlx-lm are told by what is there.
+        """
+        path = Path(source).expanduser()
+        return cls(*formats.read(path if path.exists() else _from_hub(str(source))))
 
     def save(self, folder: str | Path, dtype: str = "fp32") -> None:
         """Write it in PEFT's layout, atomically; `dtype` is `fp32`, or `bf16` or `fp16` to halve the file."""
@@ -168,7 +169,7 @@ def _from_hub(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=[peft.CONFIG, peft.TENSORS]))
+        return Path(snapshot_download(source, allow_patterns=[peft.CONFIG, peft.TENSORS, mlx.TENSORS]))
     except Exception as fault:
         raise LoricaError(
             f"there is no adapter folder {source!r} here, and it could not be had from the hub either: "

@@ -9,13 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from lorica import models, patch, targets, weights
+from lorica import formats, models, patch, targets, weights
 from lorica.adapter import Adapter
 from lorica.errors import LoricaError
-from lorica.formats import peft
-
-# vLLM allocates for one of these ranks, 16 unless told.
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+from lorica.formats import engines, peft
 
 
 def inspect(thing: str | Path, norms: bool = False) -> dict[str, Any]:
@@ -33,6 +30,8 @@ def inspect(thing: str | Path, norms: bool = False) -> dict[str, Any]:
             return _run(path, norms)
         if not (path / "config.json").is_file() and (found := _adapter_folders(path)):
             return {"kind": "folder", "path": str(path), "adapters": [_row(folder, path) for folder in found]}
+    if str(thing) not in models.BUILTIN and path.exists() and formats.recognise(path):
+        return _adapter(path, norms)
     return _model(thing)
 
 
@@ -69,7 +68,7 @@ def _adapter(folder: Path, norms: bool) -> dict[str, Any]:
         "scales": scales,
         "targets": targets.names(str(target) for target in adapter.targets),
         "parameters": sum(tensor.numel() for tensor in adapter.tensors.values()),
-        "file_bytes": (folder / peft.TENSORS).stat().st_size,
+        "file_bytes": _bytes(folder),
         "beside": sorted(key for key in adapter.tensors if "#" not in key or "#tokens" in key),
         "dead": adapter.silent(),
         "sha256": adapter.sha256,
@@ -118,9 +117,16 @@ def _row(folder: Path, root: Path) -> dict[str, Any]:
         "base": adapter.meta.get("base_model", ""),
         "ranks": sorted({adapter.method.rank_of(target.path) for target in adapter.targets}),
         "targets": targets.names(str(target) for target in adapter.targets),
-        "bytes": (folder / peft.TENSORS).stat().st_size,
+        "bytes": _bytes(folder),
         "fault": f"{len(dead)} of {len(adapter.targets)} patches are zero" if dead else "",
     }
+
+
+def _bytes(path: Path) -> int:
+    """Of the file with the tensors."""
+    path = formats.find(path)
+    files = [path] if path.is_file() else list(path.glob("adapter*.safetensors"))
+    return sum(file.stat().st_size for file in files)
 
 
 def _norms(adapter: Adapter) -> dict[str, Any]:
@@ -156,10 +162,12 @@ def _vllm(adapter: Adapter, folder: Path) -> dict[str, str]:
         }.items()
         if holds
     ]
+    if formats.recognise(folder) != "peft":
+        against = [f"it takes PEFT's layout: lorica convert {folder} --to vllm"]
     if against:
         return {"refused": "; ".join(against)}
     named = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8")).get("r", method.r)
-    room = next((rank for rank in _VLLM_RANKS if rank >= named), named)
+    room = next((rank for rank in engines.VLLM_RANKS if rank >= named), named)
     name = re.sub(r"\W+", "-", (folder.parent if folder.name in ("best", "last") else folder).resolve().name)
     base = adapter.meta.get("base_model") or "BASE"
     return {"line": f"vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {name}={folder}"}

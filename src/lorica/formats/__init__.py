@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
+from lorica.errors import LoricaError
 from lorica.lowrank import LoRA
 from lorica.targets import Target
 
@@ -21,3 +23,56 @@ class Contents(NamedTuple):
     targets: tuple[Target, ...]
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, str]
+
+
+def recognise(path: Path) -> str | None:
+    """Which layout lies at `path`: `peft`, `mlx`, `gguf` or `loralib`; None if none of them, as for a model.
+
+    A folder with one GGUF adapter in it counts as that file (`find`). Only names and headers are read. A pickle is
+    none of them, whatever it holds.
+    """
+    from lorica.formats import loralib, mlx, peft
+
+    if path.is_dir():
+        if (path / mlx.TENSORS).is_file() and not (path / peft.TENSORS).is_file():
+            return "mlx"
+        if (path / peft.CONFIG).is_file():
+            return "peft"
+        return "gguf" if find(path) != path else None
+    if path.suffix == ".gguf" and path.is_file():
+        return "gguf" if _is_adapter(path) else None
+    if path.suffix == ".safetensors" and any(key.endswith(".lora_A") for key in loralib.keys_of(path)):
+        return "loralib"
+    return None
+
+
+def find(path: Path) -> Path:
+    """The GGUF adapter in a folder that holds nothing else of that kind; else `path` itself."""
+    files = list(path.glob("*.gguf")) if path.is_dir() else []
+    return files[0] if len(files) == 1 and _is_adapter(files[0]) else path
+
+
+def _is_adapter(path: Path) -> bool:
+    from lorica.formats import gguf  # slow to import, and most adapters are no GGUF
+
+    return gguf.is_adapter(path)
+
+
+def read(path: Path) -> Contents:
+    """Read an adapter in whatever layout it is; what needs facts that are not in the file says which."""
+    from lorica.formats import loralib, mlx, peft
+
+    kind = recognise(path)
+    if kind == "gguf":
+        from lorica.formats import gguf
+
+        return gguf.read(find(path))
+    if kind == "mlx":
+        return mlx.read(path)
+    if kind == "loralib":
+        return loralib.read(path)
+    if path.is_file():
+        if path.suffix in loralib.PICKLES:
+            raise LoricaError(loralib.pickle_refused(path))
+        raise LoricaError(f"{path} is no adapter that is known: PEFT, loralib, GGUF (llama.cpp) and mlx-lm are")
+    return peft.read(path)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorica import patch, weights
+from lorica import formats, patch, weights
 from lorica.adapter import Adapter
 from lorica.errors import LoricaError
 from lorica.models.builtin import BUILTIN
@@ -136,11 +136,13 @@ def _adapter_folder(thing: str | Path, weights: bool = True) -> Path | None:
     """The folder with the adapter that `thing` is or holds; None where it is something else."""
     path = Path(thing).expanduser()
     if path.is_file():
-        return None
+        return path if formats.recognise(path) else None
     folder = path if path.is_dir() else locate(thing, weights=weights)
     for choice in (folder, folder / "best", folder / "last"):
         if (choice / _ADAPTER).is_file():
             return choice
+    if (file := formats.find(folder)) != folder:
+        return file
     if (folder / "run.toml").is_file():
         raise LoricaError(f"the run {thing} has no adapter yet: neither best/ nor last/ is there")
     return None
