@@ -41,7 +41,7 @@ def test_all_linear_leaves_the_output_head_out():
 
 
 def test_every_preset_is_described():
-    assert set(PRESETS) == {"all-linear", "attention", "mlp", "qv", "paper"}
+    assert set(PRESETS) == {"all-linear", "experts", "conv", "attention", "mlp", "qv", "paper"}
     assert all(PRESETS.values())
 
 

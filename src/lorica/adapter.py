@@ -49,7 +49,7 @@ class Adapter:
     def of(cls, model: nn.Module, name: str | None = None, meta: Mapping[str, str] | None = None) -> Adapter:
         """A snapshot of an adapter on a model (default: the active one)."""
         record = patch.installed(model, name)
-        paths = [target.path for target in record.targets]
+        paths = [target.path for target in record.targets if target.storage != "experts"]
         config = getattr(model, "config", None)
         known = {
             "base_model": getattr(config, "_name_or_path", "") or "",
@@ -98,7 +98,11 @@ class Adapter:
                 continue
             storage = weights.storage(layer)
             assert storage is not None
-            targets.append(dataclasses.replace(target, storage=storage.name, shape=storage.shape(layer)))
+            there = target.part in storage.parts(layer) if storage.inside else target.storage != "experts"
+            if not there:
+                faults.append(f"extra    {target} is not a matrix of this model's {type(layer).__name__}")
+                continue
+            targets.append(dataclasses.replace(target, **storage.facts(layer, target.part)))
         if targets:
             # Its tensors replace what an initialiser makes, and loftq's costs a second copy of the base.
             method = dataclasses.replace(self.method, init="kaiming") if self.method.init == "loftq" else self.method
@@ -141,7 +145,7 @@ class Adapter:
     @property
     def sha256(self) -> str:
         """Hex digest of what the adapter does: its scales and tensors, not where it came from."""
-        scales = sorted((str(target), self.method.scale_of(target.path)) for target in self.targets)
+        scales = sorted((str(target), self.method.scale_of(target.key)) for target in self.targets)
         digest = hashlib.sha256(json.dumps(scales).encode())
         for key, tensor in sorted(self.tensors.items()):
             digest.update(f"{key} {tuple(tensor.shape)}".encode())

@@ -143,7 +143,7 @@ def _norms(adapter: Adapter) -> dict[str, Any]:
             storage = weights.storage(layer)
             assert storage is not None
             name = path if part == "lora" else f"{path}[{part}]"
-            found[name] = float(each.delta().norm() / storage.read(layer).norm())  # type: ignore[operator]
+            found[name] = float(each.delta().norm() / storage.read(layer, part).norm())  # type: ignore[operator]
     ordered = sorted(found.values())
     largest = max(found, key=found.__getitem__)
     return {"median": ordered[len(ordered) // 2], "max": found[largest], "max_at": largest, "by_target": found}

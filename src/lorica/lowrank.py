@@ -14,14 +14,16 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorica import weights
 from lorica.errors import all_faults
+from lorica.kernels import experts
 from lorica.rows import TiedTokenRows, TokenRows
-from lorica.targets import CHILD, Target, names
+from lorica.targets import CHILD, Target, input_embedding, names
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, r: alpha / r,
@@ -53,29 +55,35 @@ class LowRank(nn.Module):
 
     def __init__(self, target: Target, r: int, scale: float, dropout: float = 0.0, init: str = "kaiming") -> None:
         super().__init__()
-        out_features, in_features = target.shape
+        of_A, of_B = weights.factor_shapes(target, r)
         if target.rows:
-            out_features = target.rows[1] - target.rows[0]
+            of_B = (target.rows[1] - target.rows[0], r)
         self.rows, self.scale, self.out_features = target.rows, scale, target.shape[0]
-        self.A = nn.Parameter(torch.empty(r, in_features, dtype=torch.float32))
-        self.B = nn.Parameter(torch.empty(out_features, r, dtype=torch.float32))
+        self.part = target.part
+        self.A = nn.Parameter(torch.empty(of_A, dtype=torch.float32))
+        self.B = nn.Parameter(torch.empty(of_B, dtype=torch.float32))
         self.dropout = nn.Dropout(dropout) if dropout and target.storage != "embedding" else nn.Identity()
         if target.storage == "embedding":
             # Only columns of A whose ids occur get a gradient, so A is the factor that starts at zero, as in loralib.
             nn.init.zeros_(self.A)
             nn.init.normal_(self.B)
         else:
-            INITS[init](self.A)
+            for A in self.A.data if self.A.ndim > 2 else [self.A]:
+                INITS[init](A)
             nn.init.zeros_(self.B)
 
     @property
     def r(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[-2]
 
     def forward(self, layer: nn.Module, base: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
         """``base(x) + scale B A x``: ``[..., in]`` (ids ``[...]`` for an embedding) to ``[..., out]``."""
-        y = base(x, *args, **kwargs)
         storage = _storage(layer)
+        if storage.inside:
+            assert self.part is not None
+            own = experts.Update(self.A, self.B, self.scale)
+            return experts.updated(layer, self.part, own, base, x, *args, **kwargs)
+        y = base(x, *args, **kwargs)
         if storage.takes_ids:
             self._grow(storage.shape(layer)[1])
         # PEFT's order of operations, so that fp32 results agree with it to the bit.
@@ -86,7 +94,7 @@ class LowRank(nn.Module):
         return (y + update).to(y.dtype)
 
     def delta(self) -> Tensor:
-        """``scale B A`` as a full ``[out, in]`` matrix in fp32, zero outside the slice."""
+        """``scale B A`` as a full ``[out, in]`` matrix in fp32, zero outside the slice; a stack of them for a stack."""
         delta = self.scale * (self.B.detach().float() @ self.A.detach().float())
         if self.rows:
             start, stop = self.rows
@@ -95,7 +103,7 @@ class LowRank(nn.Module):
 
     def fold(self, layer: nn.Module, W: Tensor) -> Tensor:
         """``W + scale B A`` for ``W [out, in]`` in fp32 (section 4.1, no additional inference latency)."""
-        self._grow(W.shape[1])
+        self._grow(W.shape[-1])
         return W + self.delta().to(W.device)
 
     def make_up_for(self, lost: Tensor) -> None:
@@ -114,8 +122,8 @@ class LowRank(nn.Module):
 
     def _grow(self, in_features: int) -> None:
         # An embedding may get more rows after the patch was made; a zero column of A leaves a new row as it is.
-        if in_features > self.A.shape[1]:
-            self.A.data = nn.functional.pad(self.A.data, (0, in_features - self.A.shape[1]))
+        if in_features > self.A.shape[-1]:
+            self.A.data = nn.functional.pad(self.A.data, (0, in_features - self.A.shape[-1]))
 
 
 def best_factors(D: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -161,14 +169,14 @@ class LoRA:
     """LoRA's settings.
 
     Attributes:
-        r: rank of the update.
+        r: rank of the update; of each expert's, where experts are adapted, whatever their number.
         alpha: the scale is ``alpha / r``; a number, not tuned in the paper but set to the first r tried (section 4.1).
-        dropout: on the input of A.
+        dropout: on the input of A; refused where experts are adapted.
         scaling: ``alpha/r``, or ``alpha/sqrt(r)``, which keeps the update's size as r grows (rsLoRA, arXiv 2312.03732).
         init: how A starts, `kaiming` or `gaussian`, while B starts at zero; or `loftq`: both start at what quantizing
             the base took away (arXiv 2310.08659), the base as it is packed, for a model that `load` quantized.
         bias: train no biases, `all` of the model's, or those of the patched layers (`lora_only`).
-        ranks, alphas: other values for some targets; a key is a regex that must match the end of the layer's path
+        ranks, alphas: other values for some targets; a key is a regex that must match the end of `Target.key`
             from a dot on, as PEFT's rank_pattern, and the first that does counts.
         modules_to_save: names of modules trained whole, beside the factors.
         token_rows: ids whose embedding rows (and output rows) are trained, all others frozen.
@@ -223,17 +231,20 @@ class LoRA:
     def patches(self, model: nn.Module, targets: Sequence[Target]) -> Iterator[tuple[str, str, nn.Module]]:
         """Yield ``(path, part, patch)`` for every matrix; raises if a pattern or an option fits nothing."""
         for key in [*self.ranks, *self.alphas]:
-            if not any(_fits(key, target.path) for target in targets):
+            if not any(_fits(key, target.key) for target in targets):
                 raise all_faults(
                     f"the rank or alpha given for {key!r} fits none of the targets:",
-                    [names(target.path for target in targets)],
+                    [names(target.key for target in targets)],
                 )
+        reasons = [(target, weights.unfit(target, self.rank_of(target.key), self.dropout)) for target in targets]
+        if faults := [f"{target}: {reason}" for target, reason in reasons if reason]:
+            raise all_faults("these settings do not fit these targets:", faults)
         tie = _Ends(model)
         if self.tied and not (tie.tied and tie.embedding in [target.path for target in targets]):
             raise all_faults("tied=True needs a tied embedding among the targets:", [tie.say()])
         whole = self._unpacked(model, targets) if self.init == "loftq" else None
         for target in targets:
-            patch = LowRank(target, self.rank_of(target.path), self.scale_of(target.path), self.dropout, self.init)
+            patch = LowRank(target, self.rank_of(target.key), self.scale_of(target.key), self.dropout, self.init)
             if whole is not None and target.storage in weights.PACKED:
                 patch.make_up_for(weights.lost(model, whole, target.path))
             yield target.path, target.part or "lora", patch
@@ -272,9 +283,9 @@ class LoRA:
     def _unpacked(self, model: nn.Module, targets: Sequence[Target]) -> nn.Module:
         """The model as it was before it was quantized; raises for one of which that cannot be had."""
         faults = [
-            f"the scale is {self.scale_of(target.path):g} at {target.path}: nothing can be made up for"
+            f"the scale is {self.scale_of(target.key):g} at {target.path}: nothing can be made up for"
             for target in targets
-            if not self.scale_of(target.path)
+            if not self.scale_of(target.key)
         ]
         if not any(target.storage in weights.PACKED for target in targets):
             faults.append("none of the targets is quantized: lorica.load(..., quantize='nf4')")
@@ -307,7 +318,7 @@ class _Ends:
 
     def __init__(self, model: nn.Module) -> None:
         paths = {id(module): path for path, module in model.named_modules()}
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        embedding: Any = input_embedding(model)
         head = getattr(model, "get_output_embeddings", lambda: None)()
         self.embedding = paths.get(id(embedding), "")
         self.head = paths.get(id(head), "")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica import weights
-from lorica.errors import LoricaError
+from lorica.errors import LoricaError, all_faults
 from lorica.state import (
     State,
     activate,
@@ -24,6 +24,7 @@ from lorica.state import (
     restore_base,
     set_active,
 )
+from lorica.targets import input_embedding
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def merge(
     name = known(state, name or state.active)
     if not keep and len(state.adapters) > 1:
         raise LoricaError("merge(keep=False) changes the base for good; eject the other adapters first")
-    _refuse_offloaded(model, state, name)
+    _refuse_unmergeable(model, state, name)
     if state.active != name:
         activate(model, state, name)
     probe = check if isinstance(check, dict) else _probe(model) if check else None
@@ -94,7 +95,10 @@ def unmerge(model: nn.Module) -> None:
     activate(model, state, name)
 
 
-def _refuse_offloaded(model: nn.Module, state: State, name: str) -> None:
+def _refuse_unmergeable(model: nn.Module, state: State, name: str) -> None:
+    reasons = {path: weights.unmergeable(model.get_submodule(path)) for path, _ in state.adapters[name].patches}
+    if faults := [f"{path}: {reason}" for path, reason in reasons.items() if reason]:
+        raise all_faults("these layers cannot be merged (the adapter works unmerged):", faults)
     away = {path for path, _ in state.adapters[name].patches if weights.offloaded(model.get_submodule(path))}
     if away:
         raise LoricaError(
@@ -115,21 +119,19 @@ def _fold(model: nn.Module, state: State, name: str, keep: bool) -> tuple[list[s
     owners: dict[int, list[str]] = {}
     for key, parameter in live(model):
         owners.setdefault(id(parameter), []).append(key)
-    by_layer: dict[str, list[Any]] = {}
-    for (path, _), patch in state.adapters[name].patches.items():
-        by_layer.setdefault(path, []).append(patch)
+    by_matrix: dict[tuple[str, str], list[Any]] = {}
+    for (path, part), patch in state.adapters[name].patches.items():
+        by_matrix.setdefault((path, _kind(model, path).parameter(part)), []).append(patch)
     packed = [path for path, layer in model.named_modules() if (kind := weights.storage(layer)) and kind.packed]
     folded: dict[str, nn.Parameter] = {}
     grown = 0
-    for path in dict.fromkeys([*by_layer, *packed]):
-        layer = model.get_submodule(path)
-        storage = weights.storage(layer)
-        assert storage is not None
-        W = storage.read(layer)
-        for patch in by_layer.get(path, ()):
+    for path, own in dict.fromkeys([*by_matrix, *((path, "weight") for path in packed)]):
+        layer, storage = model.get_submodule(path), _kind(model, path)
+        W = storage.read(layer, own)
+        for patch in by_matrix.get((path, own), ()):
             W = patch.fold(layer, W)
-        key, old = f"{path}.weight", layer.get_parameter("weight")
-        new = storage.as_stored(layer, W, _dtype(model) if storage.packed else None)
+        key, old = f"{path}.{own}", layer.get_parameter(own)
+        new = storage.as_stored(layer, W, _dtype(model) if storage.packed else None, own)
         folded[key] = nn.Parameter(new, requires_grad=False)
         if keep:
             state.base[key] = old
@@ -145,6 +147,12 @@ def _fold(model: nn.Module, state: State, name: str, keep: bool) -> tuple[list[s
         else:
             _untie(model, state, tied)
     return packed, grown
+
+
+def _kind(model: nn.Module, path: str) -> weights.Storage:
+    storage = weights.storage(model.get_submodule(path))
+    assert storage is not None, path
+    return storage
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -180,8 +188,8 @@ def _untie(model: nn.Module, state: State, tied: list[str]) -> None:
 
 
 def _probe(model: nn.Module) -> dict[str, Tensor] | None:
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    if not isinstance(embedding, nn.Embedding):
+    embedding = input_embedding(model)
+    if not isinstance(embedding, nn.Embedding) or getattr(model, "main_input_name", "input_ids") != "input_ids":
         return None
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(embedding.num_embeddings, (10, 16), generator=generator).to(embedding.weight.device)

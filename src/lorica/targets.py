@@ -8,6 +8,7 @@ A specification is a list of items, or one string with commas between them. An i
     re:.*\\.(q|v)_proj          a regex over the whole path
     q_proj@8-15                only in blocks 8 to 15 (also @8, @8-)
     c_attn[q,v]                only these rows of a fused layer
+    experts.down_proj          one of the matrices of a mixture's experts, for all of them
     !lm_head                   leave out what the rest of the item matches
 
 Every item must match something: a target that matches nothing would train nothing, in silence.
@@ -30,10 +31,12 @@ from lorica import weights
 from lorica.errors import all_faults
 
 PRESETS: dict[str, str] = {
-    "all-linear": "every linear layer but the output head (the default)",
+    "all-linear": "every linear layer but the output head (the default); experts kept in one stack are not among them",
     "attention": "every linear layer inside attention",
     "mlp": "every linear layer of the blocks outside attention",
     "qv": "the query and value projections, or those rows of a fused one",
+    "experts": "every expert of a mixture, where transformers keeps them in one stack (rank r each)",
+    "conv": "every convolution",
     "paper": "the same as qv: what the paper adapts in its main experiments (section 4.2)",
 }
 CHILD = "lorica"  # the name under which a patched layer holds its patches
@@ -44,13 +47,16 @@ _QUERY_VALUE = {
 }
 _HEADS = {"lm_head", "embed_out", "score", "classifier", "qa_outputs", "classification_head", "cls"}
 _INTERLEAVED = {"query_key_value"}
+_STORED = ("experts", "conv")  # presets that are all layers of one storage
 
 
 @dataclass(frozen=True)
 class Target:
-    """One matrix to patch: a layer, or a slice of the output rows of a fused one.
+    """One matrix to patch: a layer, or a slice of the output rows of a fused one, or one matrix of all experts.
 
-    `shape` is ``(out, in)`` of the whole layer; `rows` is ``(start, stop)`` of the slice.
+    `shape` is ``(out, in)`` of the whole layer; `rows` is ``(start, stop)`` of the slice; `part` names the slice, or
+    the experts' matrix. `sizes` is what else there is to say of a storage (`weights.Storage.facts`): ``(groups, k...)``
+    of a convolution, ``(E,)`` of experts.
     """
 
     path: str
@@ -58,9 +64,15 @@ class Target:
     shape: tuple[int, int]
     part: str | None = None
     rows: tuple[int, int] | None = None
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What patterns for ranks match: the layer's path, or that of the experts' parameter."""
+        return f"{self.path}.{self.part}" if self.part and not self.rows else self.path
 
     def __str__(self) -> str:
-        return f"{self.path}[{self.part}]" if self.part else self.path
+        return f"{self.path}[{self.part}]" if self.rows else self.key
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ def resolve(model: nn.Module, spec: str | Sequence[str | Target]) -> list[Target
     if not chosen:
         raise all_faults("no target is left after the exclusions:", [f"this model has: {names(layers)}"])
     order = {path: place for place, path in enumerate(layers)}
-    return sorted(chosen.values(), key=lambda target: (order[target.path], target.rows or (0, 0)))
+    return sorted(chosen.values(), key=lambda target: (order[target.path], target.rows or _place(target.part)))
 
 
 def split_spec(spec: str | Sequence[Any]) -> list[str]:
@@ -128,7 +140,7 @@ def slices(model: nn.Module, path: str) -> dict[str, tuple[int, int]]:
     """The named row ranges of a fused projection ``{part: (start, stop)}``; empty for any other layer."""
     layer, config = model.get_submodule(path), getattr(model, "config", None)
     kind = weights.storage(layer)
-    out = kind.shape(layer)[0] if kind else 0
+    out = kind.shape(layer)[0] if kind and not kind.inside else 0
     name = path.rsplit(".", 1)[-1]
     if name == "gate_up_proj":
         return _ranges(gate=out // 2, up=out // 2)
@@ -142,6 +154,14 @@ def slices(model: nn.Module, path: str) -> dict[str, tuple[int, int]]:
     return _ranges(q=heads * head, k=kv_heads * head, v=kv_heads * head) if out % (heads + 2 * kv_heads) == 0 else {}
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that looks ids up; None for a model that reads no ids."""
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # transformers' vision models
+        return None
+
+
 def refusal(model: nn.Module, path: str) -> str | None:
     """Why a layer cannot be patched although it looks like one that can: its forward is never called."""
     parent_path, _, name = path.rpartition(".")
@@ -150,7 +170,7 @@ def refusal(model: nn.Module, path: str) -> str | None:
         return "nn.MultiheadAttention reads this weight itself and never calls the layer; a patch would do nothing"
     if isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2"):
         return "nn.TransformerEncoderLayer skips this layer in its fast path; a patch would do nothing in eval mode"
-    return _hidden(model, path)
+    return weights.refusal(model.get_submodule(path)) or _hidden(model, path)
 
 
 def _hidden(model: nn.Module, path: str) -> str | None:
@@ -194,11 +214,14 @@ def _parse(text: str) -> _Item:
 def _wanted(model: nn.Module, item: _Item, layers: dict[str, nn.Module]) -> list[tuple[str, tuple[str, ...]]]:
     if item.name in PRESETS:
         return [(path, item.parts or parts) for path, parts in _preset(model, item.name, layers)]
+    named = [(path, path, item.parts) for path in layers]
+    for path, layer in layers.items():
+        named += [(f"{path}.{part}", path, item.parts or (part,)) for part in _kind(layer).parts(layer)]
     if item.name.startswith("re:"):
-        return [(path, item.parts) for path in layers if re.fullmatch(item.name[3:], path)]
+        return [(path, parts) for name, path, parts in named if re.fullmatch(item.name[3:], name)]
     if any(sign in item.name for sign in "*?"):
-        return [(path, item.parts) for path in layers if fnmatch.fnmatchcase(path, item.name)]
-    return [(path, item.parts) for path in layers if path == item.name or path.endswith(f".{item.name}")]
+        return [(path, parts) for name, path, parts in named if fnmatch.fnmatchcase(name, item.name)]
+    return [(path, parts) for name, path, parts in named if name == item.name or name.endswith(f".{item.name}")]
 
 
 def _targets(
@@ -215,20 +238,19 @@ def _targets(
         if reason := refusal(model, path):
             faults.append(f"{item.text!r} matches {path}: {reason}; add '!{path}' to leave it out")
             continue
-        kind = weights.storage(layers[path])
-        assert kind is not None
-        shape = kind.shape(layers[path])
-        if not parts and not any(whole == path for whole, _ in excluded):
-            yield Target(path, kind.name, shape)
+        kind = _kind(layers[path])
+        matrices = kind.parts(layers[path])
+        if not matrices and not parts and not any(whole == path for whole, _ in excluded):
+            yield Target(path, **kind.facts(layers[path]))
             continue
-        ranges = slices(model, path)
+        ranges = dict.fromkeys(matrices) if matrices else slices(model, path)
         if unknown := [part for part in parts if part not in ranges]:
             had = f"it has: {', '.join(ranges)}" if ranges else "its rows are not known, or interleaved"
             faults.append(f"{item.text!r}: {path} has no slice {', '.join(unknown)}; {had}")
             continue
         for part in parts or ranges:
             if (path, part) not in excluded:
-                yield Target(path, kind.name, shape, part, ranges[part])
+                yield Target(path, part=part, rows=ranges[part], **kind.facts(layers[path], part))
 
 
 def _preset(model: nn.Module, name: str, layers: dict[str, nn.Module]) -> list[tuple[str, tuple[str, ...]]]:
@@ -237,10 +259,12 @@ def _preset(model: nn.Module, name: str, layers: dict[str, nn.Module]) -> list[t
     linear = [
         path
         for path, layer in layers.items()
-        if not weights.storage(layer).takes_ids  # type: ignore[union-attr]
+        if not (_kind(layer).takes_ids or _kind(layer).name in _STORED)
         and layer is not head
         and not _HEADS & set(path.split("."))
     ]
+    if name in _STORED:
+        return [(path, ()) for path, layer in layers.items() if _kind(layer).name == name]
     if name == "all-linear":
         return [(path, ()) for path in linear]
     attention = [path for path in linear if re.search("attn|attention", path, re.IGNORECASE)]
@@ -252,6 +276,17 @@ def _preset(model: nn.Module, name: str, layers: dict[str, nn.Module]) -> list[t
     single = [(path, ()) for path in attention if path.rsplit(".", 1)[-1] in _QUERY_VALUE["q"] | _QUERY_VALUE["v"]]
     fused = [path for path in attention if path.rsplit(".", 1)[-1] in _INTERLEAVED or slices(model, path)]
     return [*single, *((path, ("q", "v")) for path in fused)]
+
+
+def _kind(layer: nn.Module) -> weights.Storage:
+    kind = weights.storage(layer)
+    assert kind is not None, type(layer)
+    return kind
+
+
+def _place(part: str | None) -> tuple[int, int]:
+    """Where an experts' matrix stands among those of its layer."""
+    return (weights.EXPERT_MATRICES.index(part), 0) if part in weights.EXPERT_MATRICES else (0, 0)
 
 
 def _block(path: str) -> int | None:

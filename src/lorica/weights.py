@@ -2,13 +2,19 @@
 
 Every entry shows its weight as a matrix ``W [out, in]`` with ``y = x W^T``, whatever the layer stores:
 
-| storage   | layer                | stored as    | input of the layer          |
-|-----------|----------------------|--------------|-----------------------------|
-| linear    | `nn.Linear`          | `[out, in]`  | vectors `[..., in]`         |
-| conv1d    | transformers' Conv1D | `[in, out]`  | vectors `[..., in]`         |
-| embedding | `nn.Embedding`       | `[in, out]`  | ids, read as one-hot `[in]` |
-| nf4, fp4  | bnb's Linear4bit     | packed       | vectors `[..., in]`         |
-| int8      | bnb's Linear8bitLt   | `[out, in]`  | vectors `[..., in]`         |
+| storage   | layer                | stored as                                 | input of the layer                  |
+|-----------|----------------------|-------------------------------------------|-------------------------------------|
+| linear    | `nn.Linear`          | `[out, in]`                               | vectors `[..., in]`                 |
+| conv1d    | transformers' Conv1D | `[in, out]`                               | vectors `[..., in]`                 |
+| embedding | `nn.Embedding`       | `[in, out]`                               | ids, read as one-hot `[in]`         |
+| conv      | `nn.Conv1d/2d/3d`    | `[out, channels, k...]`                   | images, `in` is one patch of them   |
+| experts   | a mixture's experts  | `[E, out, in]`, `[E, in, out]`            | vectors, and the expert of each     |
+| nf4, fp4  | bnb's Linear4bit     | packed                                    | vectors `[..., in]`                 |
+| int8      | bnb's Linear8bitLt   | `[out, in]`                               | vectors `[..., in]`                 |
+
+Experts are E matrices in one parameter, and a layer has two of them; a part names which. Their factors are stacks too,
+``A [E, r, in]`` and ``B [E, out, r]``, so that ``B A`` means what it says. So are those of a convolution in g groups:
+``A [g, r/g, in]``, ``B [g, out/g, r/g]``, where each A reads all channels, as PEFT has it.
 
 Methods know no storages and storages know no methods, so a new kind of layer is a new entry here and nothing else.
 bitsandbytes (bnb) is an extra: its weights are told by the names of their classes, and it is imported when one is read.
@@ -37,7 +43,7 @@ class Storage:
 
     `stored` maps between the matrix `[out, in]` and the layout of `layer.weight`; it is its own inverse (a transpose
     or nothing). `down` is how the layer's input meets ``A [r, in]``, giving ``[..., r]``; `up` is how that meets
-    ``B [out, r]``, giving what is added to the layer's output.
+    ``B [out, r]``, giving what is added to the layer's output; for experts, see `kernels.experts`.
     """
 
     name: str
@@ -45,30 +51,54 @@ class Storage:
     down: Callable[[nn.Module, Tensor, Tensor], Tensor]
     up: Callable[[nn.Module, Tensor, Tensor], Tensor]
     takes_ids: bool = False
+    inside: bool = False
 
     @property
     def packed(self) -> bool:
         """Whether the weight is kept in fewer than 16 bits, so that a merged one needs a layer of another class."""
         return self.name in PACKED
 
-    def shape(self, layer: nn.Module) -> tuple[int, int]:
-        """``(out, in)`` of the layer's matrix."""
-        rows, columns = shape_of(layer.get_parameter("weight"))
-        return (rows, columns) if self.stored is _same else (columns, rows)
+    def parameter(self, part: str | None = None) -> str:
+        """The name of the layer's parameter that holds the matrix, or the matrix called `part`."""
+        return part if self.inside and part else "weight"
 
-    def read(self, layer: nn.Module) -> Tensor:
+    def parts(self, layer: nn.Module) -> list[str]:
+        """The matrices of a layer that has several; of any other none."""
+        return [name for name in EXPERT_MATRICES if layer._parameters.get(name) is not None] if self.inside else []
+
+    def facts(self, layer: nn.Module, part: str | None = None) -> dict[str, Any]:
+        """What a target says of its matrix: the name of the storage, ``(out, in)``, and its sizes.
+
+        Sizes are ``(groups, k...)`` of a convolution, ``(E,)`` of experts. Each of E or of the groups is ``[out, in]``.
+        """
+        shape = shape_of(layer.get_parameter(self.parameter(part)))
+        rows, columns = self.stored(torch.empty(shape, device="meta")).shape[-2:]
+        if self.name != "conv":
+            return {"storage": self.name, "shape": (rows, columns), "sizes": shape[:1] if self.inside else ()}
+        groups: int = layer.groups  # type: ignore[assignment]
+        return {"storage": self.name, "shape": (rows // groups, columns * groups), "sizes": (groups, *shape[2:])}
+
+    def shape(self, layer: nn.Module, part: str | None = None) -> tuple[int, int]:
+        """``(out, in)`` of the layer's matrix."""
+        return self.facts(layer, part)["shape"]
+
+    def read(self, layer: nn.Module, part: str | None = None) -> Tensor:
         """The layer's matrix ``W [out, in]`` in fp32; it may share memory with the layer and is not to be written."""
         with at_hand(layer):
-            weight = layer.get_parameter("weight").detach()
+            weight = layer.get_parameter(self.parameter(part)).detach()
             return self.stored(_dense(layer) if self.packed else weight.float())
 
-    def as_stored(self, layer: nn.Module, W: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def as_stored(
+        self, layer: nn.Module, W: Tensor, dtype: torch.dtype | None = None, part: str | None = None
+    ) -> Tensor:
         """``W [out, in]`` rounded once to `dtype` (default: the layer's) and laid out as the layer keeps it.
 
         For a packed weight it is laid out as in the layer that `plain` describes, and `dtype` is needed.
         """
-        kind = STORAGES[plain(layer)["__class__"]] if self.packed else self
-        return kind.stored(W).to(dtype or layer.get_parameter("weight").dtype).contiguous()
+        if self.packed:
+            return STORAGES[plain(layer)["__class__"]].stored(W).to(dtype).contiguous()
+        weight = layer.get_parameter(self.parameter(part))
+        return self.stored(W).to(dtype or weight.dtype).contiguous().view(weight.shape)
 
 
 def _same(weight: Tensor) -> Tensor:
@@ -76,7 +106,11 @@ def _same(weight: Tensor) -> Tensor:
 
 
 def _transposed(weight: Tensor) -> Tensor:
-    return weight.T
+    return weight.mT
+
+
+def _patches(weight: Tensor) -> Tensor:
+    return weight.flatten(1)
 
 
 def _vector_down(layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
@@ -96,29 +130,111 @@ def _embedding_up(layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
     return (h @ B.T) * getattr(layer, "embed_scale", 1.0)
 
 
+def _convolved_down(layer: Any, x: Tensor, A: Tensor) -> Tensor:
+    """The layer's own kernel, stride, padding and dilation; of its groups only B knows."""
+    if layer.padding_mode == "zeros":
+        padding = layer.padding
+    else:
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+    kernels = A.reshape(-1, layer.in_channels, *layer.kernel_size)
+    return _CONVOLVE[len(layer.kernel_size)](x.to(A.dtype), kernels, None, layer.stride, padding, layer.dilation)
+
+
+def _convolved_up(layer: Any, h: Tensor, B: Tensor) -> Tensor:
+    kernels = B.reshape(layer.out_channels, -1, *(1 for _ in layer.kernel_size))
+    return _CONVOLVE[len(layer.kernel_size)](h, kernels, groups=layer.groups)
+
+
+def _inside(layer: nn.Module, x: Tensor, factor: Tensor) -> Tensor:
+    raise LoricaError(
+        f"the matrices of {type(layer).__name__} multiply inside it, each for the tokens that are sent to it: only a"
+        " method that gives LoRA's A and B can adapt them"
+    )
+
+
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV = Storage("conv", _patches, _convolved_down, _convolved_up)
 STORAGES: dict[type[nn.Module], Storage] = {
     nn.Linear: Storage("linear", _same, _vector_down, _vector_up),
     Conv1D: Storage("conv1d", _transposed, _vector_down, _vector_up),
     nn.Embedding: Storage("embedding", _transposed, _ids_down, _embedding_up, takes_ids=True),
+    nn.Conv1d: _CONV,
+    nn.Conv2d: _CONV,
+    nn.Conv3d: _CONV,
 }
-
+# How transformers names the parameters of a module that holds all experts of a layer, in the order in which they act.
+EXPERT_MATRICES = ("gate_up_proj", "up_proj", "down_proj")
+EXPERTS: dict[bool, Storage] = {  # by whether a matrix is kept as [in, out]
+    False: Storage("experts", _same, _inside, _inside, inside=True),
+    True: Storage("experts", _transposed, _inside, _inside, inside=True),
+}
 
 PACKED: dict[str, Storage] = {name: Storage(name, _same, _vector_down, _vector_up) for name in ("nf4", "fp4", "int8")}
 
 
-def storage(layer: nn.Module) -> Storage | None:
+def storage(layer: Any) -> Storage | None:
     """The entry for a layer, found along its classes so that a subclass may have its own; None if it has none.
 
     A weight that is neither a floating-point matrix nor packed in a way that is known is not what its class says.
     """
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor):
-        return None
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return EXPERTS[getattr(layer, "is_transposed", False)] if _holds_experts(layer) else None
     if type(weight).__module__.startswith("bitsandbytes."):
         return PACKED.get(format_of(weight)) if isinstance(layer, nn.Linear) else None
-    if weight.ndim != 2 or not weight.is_floating_point():
-        return None
-    return next((STORAGES[cls] for cls in type(layer).__mro__ if cls in STORAGES), None)
+    found = next((STORAGES[cls] for cls in type(layer).__mro__ if cls in STORAGES), None)
+    usable = weight.is_floating_point() and weight.ndim == (len(layer.kernel_size) + 2 if found is _CONV else 2)
+    return found if usable else None
+
+
+def _holds_experts(layer: nn.Module) -> bool:
+    found = [layer._parameters.get(name) for name in EXPERT_MATRICES]
+    stacks = [each for each in found if each is not None]
+    known = (torch.float32, torch.bfloat16, torch.float16)
+    return bool(stacks) and all(each.ndim == 3 and each.dtype in known for each in stacks)
+
+
+# What transformers says of a module whose experts it lets an implementation multiply.
+_SAID = ("config", "num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
+
+
+def refusal(layer: nn.Module) -> str | None:
+    """Why no patch can reach a layer's weight although it is kept in a way that is known; None if one can."""
+    kind, name = storage(layer), type(layer).__name__
+    if kind is not None and kind.inside and not all(hasattr(layer, said) for said in _SAID):
+        return f"{name} does not go through transformers' experts interface; a patch of its experts would do nothing"
+    if kind is _CONV:
+        forward = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls) and issubclass(cls, nn.Module))
+        if forward not in STORAGES:
+            return f"{name} does more than convolve, and what its weight is multiplied with is not known"
+    return None
+
+
+def factor_shapes(facts: Any, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A and B at rank r for a matrix, or a stack of them, with these facts (or a target, as well)."""
+    rows, columns = facts.shape
+    groups = facts.sizes[0] if facts.storage == "conv" else 1
+    stack = facts.sizes[:1] if facts.storage == "experts" or groups > 1 else ()
+    return (*stack, r // groups, columns), (*stack, rows, r // groups)
+
+
+def unfit(target: Any, r: int, dropout: float) -> str | None:
+    """Why a low-rank update of this rank and dropout cannot be put at a target; None if it can."""
+    if target.storage == "experts" and dropout:
+        return "dropout on the input of experts is refused (as in PEFT, where it cannot be had): use dropout=0"
+    if target.storage == "conv" and r % target.sizes[0]:
+        return f"the rank is {r}, which must be a multiple of its {target.sizes[0]} groups"
+    return None
+
+
+def unmergeable(layer: nn.Module) -> str | None:
+    """Why no update can be folded into a layer's weight; None if one can."""
+    if storage(layer) is _CONV and layer.groups != 1:  # type: ignore[comparison-overlap]
+        return (
+            f"it is a convolution in {layer.groups} groups, and its update reads all channels, as PEFT's does: that"
+            " is no weight that the layer could hold"
+        )
+    return None
 
 
 def format_of(parameter: Tensor) -> str:
@@ -161,7 +277,7 @@ def lost(model: nn.Module, whole: nn.Module, path: str) -> Tensor:
 
 def device(layer: nn.Module) -> torch.device:
     """Where a layer computes. Weights that accelerate offloads are elsewhere between its calls."""
-    weight = layer.get_parameter("weight")
+    weight = next(each for each in layer._parameters.values() if each is not None)
     there = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     return torch.device(there) if weight.is_meta and there is not None else weight.device
 

@@ -3,6 +3,7 @@
     base_model.model.<path>.lora_A.weight  [r, in]       .lora_B.weight  [out, r]
     base_model.model.<path>.lora_embedding_A  [r, num]   .lora_embedding_B  [dim, r]
     base_model.model.<path>.token_adapter.trainable_tokens_delta  [n, dim]   (the rows themselves, despite the name)
+    (convolutions and experts: see `formats.stacks`)
     base_model.model.<name of a parameter>               biases and modules_to_save; a patched layer's own is
                                                          <path>.base_layer.bias
 
@@ -18,7 +19,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from lorica.errors import LoricaError, all_faults
 from lorica.files import folder_atomic, write_atomic
-from lorica.formats import Contents
+from lorica.formats import Contents, stacks
 from lorica.lowrank import LoRA
 from lorica.targets import Target
 
@@ -39,8 +40,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _READ = {
     "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights",
-    "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "task_type",
-    "trainable_token_indices", "use_rslora",
+    "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",
+    "target_parameters", "task_type", "trainable_token_indices", "use_rslora",
 }  # fmt: skip
 # Settings of training or of PEFT itself: they change nothing about what the tensors mean.
 _IRRELEVANT = {
@@ -96,10 +97,12 @@ def read(folder: Path) -> Contents:
             faults.append(f"unexpected  {key}")
         else:
             tensors[name.replace(".base_layer.", ".")] = tensor.float()
-    faults += _pair_faults(tensors, storages, config)
+    stacked, taken, stack_faults = stacks.from_peft(config, tensors, list(storages))
+    plain = {path: storage for path, storage in storages.items() if path not in taken}
+    faults += stack_faults + _pair_faults(tensors, plain, config, taken)
     if faults:
         raise all_faults(f"{folder} is not an adapter that can be used:", faults)
-    method, targets = _from_peft(config, tensors, storages, extra.pop("slices", {}))
+    method, targets = _from_peft(config, tensors, plain, extra.pop("slices", {}), stacked)
     meta = {key: str(value) for key, value in extra.items()}
     meta.setdefault("base_model", config.get("base_model_name_or_path") or "")
     meta.setdefault("task_type", config.get("task_type") or "")
@@ -113,6 +116,11 @@ def _to_peft(contents: Contents) -> dict[str, Tensor]:
     tensors = dict(contents.tensors)
     out: dict[str, Tensor] = {}
     for path, parts in _by_path(contents.targets).items():
+        if stacks.is_stack(parts[0]):
+            out |= {PREFIX + key: tensor for key, tensor in stacks.to_peft(parts, tensors).items()}
+            for target in parts:
+                del tensors[f"{path}#{target.part or 'lora'}.A"], tensors[f"{path}#{target.part or 'lora'}.B"]
+            continue
         A = [tensors.pop(f"{path}#{target.part or 'lora'}.A") for target in parts]
         B = [tensors.pop(f"{path}#{target.part or 'lora'}.B") for target in parts]
         if parts[0].rows:
@@ -160,11 +168,13 @@ def _config(contents: Contents) -> dict[str, Any]:
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": method.dropout,
         "bias": method.bias,
-        "target_modules": json.loads(meta.get("target_modules", "null")) or sorted(_by_path(contents.targets)),
+        "target_modules": json.loads(meta.get("target_modules", "null"))
+        or sorted({target.path for target in contents.targets if target.storage != "experts"}),
     }
     optional: dict[str, Any] = {
         "ensure_weight_tying": method.tied,
         "fan_in_fan_out": any(target.storage == "conv1d" for target in contents.targets),
+        "target_parameters": sorted(target.key for target in contents.targets if target.storage == "experts"),
         "use_rslora": method.scaling == "alpha/sqrt(r)",
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
@@ -198,6 +208,7 @@ def _from_peft(
     tensors: dict[str, Tensor],
     storages: dict[str, str],
     slices: dict[str, dict[str, list[int]]],
+    stacked: Sequence[Target],
 ) -> tuple[LoRA, tuple[Target, ...]]:
     """The method and targets; the joined update of a fused layer is taken apart in `tensors` where it still is one."""
     tokens = config.get("trainable_token_indices") or ()
@@ -214,7 +225,7 @@ def _from_peft(
         token_rows=tuple(next(iter(tokens.values())) if isinstance(tokens, dict) else tokens),
         tied=bool(config.get("ensure_weight_tying")),
     )
-    targets: list[Target] = []
+    targets = list(stacked)
     split: dict[str, int] = {}
     for path, storage in storages.items():
         A, B = tensors[f"{path}#lora.A"], tensors[f"{path}#lora.B"]
@@ -228,7 +239,7 @@ def _from_peft(
                 targets.append(Target(path, storage, shape, part, (parts[part][0], parts[part][1])))
         else:
             targets.append(Target(path, "conv1d" if config.get("fan_in_fan_out") else storage, shape))
-    return _divided(method, split, whole=len(storages)), tuple(targets)
+    return _divided(method, split, whole=len(storages) + len(stacked)), tuple(targets)
 
 
 def _split(A: Tensor, B: Tensor, parts: dict[str, list[int]]) -> dict[str, tuple[Tensor, Tensor]] | None:
@@ -323,7 +334,9 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _pair_faults(tensors: Mapping[str, Tensor], storages: dict[str, str], config: dict[str, Any]) -> list[str]:
+def _pair_faults(
+    tensors: Mapping[str, Tensor], storages: dict[str, str], config: dict[str, Any], others: Sequence[str]
+) -> list[str]:
     faults = []
     method_r = config.get("r", 8)
     for path in storages:
@@ -336,6 +349,6 @@ def _pair_faults(tensors: Mapping[str, Tensor], storages: dict[str, str], config
             faults.append(f"shape       {path}: its rank is {A.shape[0]}, the config says {method_r}")
     named = config.get("target_modules")
     for name in named if isinstance(named, list) else []:
-        if not any(path == name or path.endswith(f".{name}") for path in storages):
+        if not any(path == name or path.endswith(f".{name}") for path in [*storages, *others]):
             faults.append(f"missing     every tensor of target {name!r}")
     return faults

@@ -32,7 +32,7 @@ class TrainSettings:
     dropout: float = 0.0
     """Share of the update's inputs dropped while training."""
     targets: str = "all-linear"
-    """Which layers: a preset (all-linear, attention, qv, mlp, paper), names, globs or re:REGEX, with commas between."""
+    """Which layers: a preset (all-linear, qv, mlp, experts, ...), names, globs or re:REGEX, with commas between."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """How alpha becomes the scale."""
     init: Literal["kaiming", "gaussian", "loftq"] = "kaiming"
