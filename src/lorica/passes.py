@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from lorica.kernels.labelled import IGNORED, narrowed, takes_positions
 WAYS = ("packed", "rows", "narrow", "plain")
 AGREE = {torch.float32: 1e-5}
 AGREE_LOW = 1e-2  # where the base keeps eight bits of a number
+TRIED = 1 << 22  # logits of each of the examples that are tried, which may be made at every position
 # What a module raises that cannot take a pack; its answer is checked where it raises nothing.
 _REFUSALS = (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError, IndexError)
 
@@ -63,7 +65,7 @@ class Passes:
         self.takes_positions = takes_positions(model)
         self.quick: Fast | None = None
         self.way = "plain"
-        self.way, self.note = self._choose(_pair(examples), ways)
+        self.way, self.note = self._choose(_pair(examples, TRIED // model.get_input_embeddings().weight.shape[0]), ways)
 
     @contextlib.contextmanager
     def __call__(
@@ -178,11 +180,21 @@ _DONE = {
 }
 
 
-def _pair(examples: Sequence[Example]) -> list[Example]:
-    """The shortest example and the shortest that is longer, the same at every resume; the longer first."""
+def _pair(examples: Sequence[Example], most: int) -> list[Example]:
+    """The shortest example and the shortest that is longer, the same at every resume; the longer first.
+
+    Of a long one, about `most` tokens around its first label.
+    """
     first = min(examples, key=lambda example: len(example.ids))
     longer = [example for example in examples if len(example.ids) > len(first.ids)]
-    return [min(longer, key=lambda example: len(example.ids)), first] if longer else [first, first]
+    other = min(longer, key=lambda example: len(example.ids)) if longer else first
+    return [_excerpt(other, max(16, most)), _excerpt(first, max(12, most * 3 // 4))]
+
+
+def _excerpt(example: Example, size: int) -> Example:
+    start = max(0, example.loss.index(True) - size // 2) if any(example.loss) else 0
+    part = slice(start, start + size)
+    return replace(example, ids=example.ids[part], loss=[False, *example.loss[part][1:]])
 
 
 def _spread(batch: Pack, weights: Sequence[float] | None) -> Tensor:
