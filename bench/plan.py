@@ -121,11 +121,12 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def planned(case: Case, steps: int) -> dict[str, Any]:
     """What `lorica plan` says."""
     from lorica import plan
+    from lorica.models import machine as here
     from lorica.train.setup import method_of
 
     settings, config = settings_of(case, steps), config_of(case)
     work = plan.work_of(config, settings, examples(case, steps), method_of(settings))
-    found = plan.predict(config, work, peak=plan.gemm_peak(case.dtype))
+    found = plan.predict(config, work, peak=here.gemm_peak(case.dtype))
     parts = dataclasses.asdict(found.memory)
     return {"total_bytes": found.memory.total, "parts": parts, "step_seconds": found.seconds}
 

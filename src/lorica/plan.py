@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -194,22 +192,6 @@ def advice(config: PretrainedConfig, work: Work, available: int, process: int | 
         if found[-1][1] <= available:
             break
     return found
-
-
-@functools.cache
-def gemm_peak(dtype: str, device: str = "cpu", seconds: float = 0.3) -> float:
-    """FLOP/s of a matrix product of 2048^3, the median over a time."""
-    size = 2048
-    x, w = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times) < 3:
-        began = time.perf_counter()
-        torch.mm(x, w)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return 2 * size**3 / sorted(times)[len(times) // 2]
 
 
 def work_of(config: PretrainedConfig, settings: Any, examples: Sequence[Example], method: LoRA) -> Work:

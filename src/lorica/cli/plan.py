@@ -42,6 +42,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
 
     from lorica import plan
     from lorica.cli.terminal import size, table
+    from lorica.models import machine
     from lorica.train.setup import method_of
 
     config = plan.config_of(settings.model)
@@ -51,7 +52,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
     found, fits = plan.fitting(config, work, available)
     work = dataclasses.replace(work, checkpointing=found.checkpointing)
     every = {f"{settings.method} r {settings.rank}, {settings.targets}, {work.dtype}": work} | _others(work)
-    rows = {name: plan.predict(config, each, peak=plan.gemm_peak(each.dtype)) for name, each in every.items()}
+    rows = {name: plan.predict(config, each, peak=machine.gemm_peak(each.dtype)) for name, each in every.items()}
     found = next(iter(rows.values()))
     changes = [] if fits else plan.advice(config, work, available)
     told = {
@@ -62,7 +63,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
         "fits": fits,
         "steps": steps,
         "update_tokens": found.tokens,
-        "gemm_flops": plan.gemm_peak(work.dtype),
+        "gemm_flops": machine.gemm_peak(work.dtype),
         "plans": {name: _plain(each, steps) for name, each in rows.items()},
         "advice": [{"change": flag, "total_bytes": total} for flag, total in changes],
     }

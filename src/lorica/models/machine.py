@@ -72,3 +72,30 @@ def _bf16_pays(repeats: int = 5, gain: float = 1.2) -> bool:
             if repeat:  # the first call of a shape also plans it
                 best[dtype] = min(best[dtype], time.perf_counter() - began)
     return best[torch.float32] > gain * best[torch.bfloat16]
+
+
+@functools.cache
+def gemm_peak(dtype: str, device: str = "cpu", seconds: float = 0.3) -> float:
+    """FLOP/s of a square matrix product, the median over a time.
+
+    Of 2048^3, or of the largest below it that takes no more than the time: a CPU without the instructions for a format
+    may be a thousand times slower in it.
+    """
+    size, rate = 256, 0.0
+    while size <= 2048 and (not rate or 2 * size**3 / rate < seconds):
+        rate = _gemm_rate(dtype, device, size, seconds if size == 2048 else 0.0)
+        size *= 2
+    return rate
+
+
+def _gemm_rate(dtype: str, device: str, size: int, seconds: float) -> float:
+    x, w = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 3:
+        began = time.perf_counter()
+        torch.mm(x, w)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / sorted(times)[len(times) // 2]

@@ -13,6 +13,7 @@ from torch import nn
 
 from lorica import patch, plan
 from lorica.errors import LoricaError, all_faults
+from lorica.models import machine
 from lorica.train.examples import Prepared
 from lorica.train.settings import TrainSettings, number_of_steps
 
@@ -53,7 +54,7 @@ def forecast(model: Any, data: Prepared, settings: TrainSettings) -> Forecast:
     wanted = settings.checkpointing == "on"
     try:
         work = plan.work_of(model.config, settings, data.train, patch.installed(model).method)
-        peak = plan.gemm_peak(work.dtype, str(device))
+        peak = machine.gemm_peak(work.dtype, str(device))
         found = plan.predict(model.config, work, process, peak, type(model))
         if settings.checkpointing == "auto" and found.memory.total > available:
             found, _ = plan.fitting(model.config, work, available, process)
