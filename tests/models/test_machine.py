@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lorica import LoricaError
+from lorica.kernels import precision
 from lorica.models import machine, resolve_device, resolve_dtype
 
 
@@ -21,7 +22,7 @@ from lorica.models import machine, resolve_device, resolve_dtype
 )
 def test_auto_is_bf16_only_where_the_cpu_has_the_instructions_and_they_pay(monkeypatch, found, pays, native):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
-    monkeypatch.setattr(machine, "_bf16_pays", lambda: pays)
+    monkeypatch.setattr(precision, "_bf16_pays", lambda: pays)
     assert resolve_dtype("auto", "cpu") == (torch.bfloat16 if native else torch.float32)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorica.data.encoding import Example
-from lorica.kernels.within import in_tiles
+from lorica.kernels.precision import in_tiles
 
 # Enough rows for a matrix product to be efficient, while full fp32 logits over 50,000 tokens stay at 0.4 GB.
 MICRO_TOKENS = 2048

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from lorica.kernels.precision import mm_columns, mm_rows
+
 BUFFER = 1 << 24  # logits of one product: few rows of any vocabulary fit, and the head's matrix is read seldom
 CACHED = 1 << 19  # logits that a CPU turns into a gradient at a time: 2 MB in fp32 stay in its cache
 
@@ -50,12 +52,12 @@ class LabelledLoss(torch.autograd.Function):
         wide = torch.empty(few, W.shape[0], dtype=torch.float32, device=h.device)
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
-            logits = torch.mm(h[part], W.T, out=buffer[: len(h[part])])
+            logits = mm_rows(h[part], W, buffer[: len(h[part])])
             each = (found.split(few) for found in (logits, wanted[part], weights[part], nll[part]))
             for now, goal, weight, out in zip(*each, strict=True):
                 now.copy_(_into_gradient(now, wide, b, goal, weight, out, shape, smooth))
             if dh is not None:
-                torch.mm(logits, W, out=dh[part])
+                mm_columns(logits, W, dh[part])
         ctx.save_for_backward(*(() if dh is None else (dh,)))
         ctx.mark_non_differentiable(nll)
         return (nll * weights).sum(), nll

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lorica.kernels.documents import current
 from lorica.kernels.elementwise import Activation
+from lorica.kernels.precision import computes_in
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class Matrix:
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + b``: ``[tokens, in]`` to ``[tokens, out]``."""
-        return F.linear(x, self.weight.T if self.transposed else self.weight, self.bias)
+        weight, bias = self.weight.to(x.dtype), self.bias
+        return F.linear(x, weight.T if self.transposed else weight, None if bias is None else bias.to(x.dtype))
 
     def backward(self, dy: Tensor, dx: Tensor | None) -> Tensor:
         """``dy W``, added to dx in place where there is one."""
-        W = self.weight.T if self.transposed else self.weight
+        W = self.weight.to(dy.dtype)
+        W = W.T if self.transposed else W
         return torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
 
 
@@ -153,18 +156,19 @@ class SameInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: Group, *factors: Tensor):
         flat = x.reshape(-1, x.shape[-1])
-        ys, downs = group.forward(flat, factors)
+        ys, downs = group.forward(flat.to(computes_in(x)), factors)
         ctx.group, ctx.factors, ctx.shape = group, len(factors), x.shape
         ctx.save_for_backward(flat, *factors, *downs)
-        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+        return tuple(y.to(x.dtype).view(*x.shape[:-1], -1) for y in ys)
 
     @staticmethod
     def backward(ctx, *dys: Tensor):
         x, *rest = ctx.saved_tensors
         factors, downs = rest[: ctx.factors], rest[ctx.factors :]
-        flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        dx, grads = ctx.group.backward(flat, x, downs, factors, ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(ctx.shape), None, *grads
+        wide = x.to(computes_in(x))
+        flat = [dy.reshape(-1, dy.shape[-1]).to(wide.dtype) for dy in dys]
+        dx, grads = ctx.group.backward(flat, wide, downs, factors, ctx.needs_input_grad[0])
+        return None if dx is None else dx.to(x.dtype).view(ctx.shape), None, *grads
 
 
 class GatedMLP(torch.autograd.Function):
@@ -174,24 +178,27 @@ class GatedMLP(torch.autograd.Function):
     def forward(ctx, x: Tensor, wide: Group, narrow: Group, act: Activation, *factors: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         split = 2 * len(wide.updates)
-        (gate, up), first = wide.forward(flat, factors[:split])
+        (gate, up), first = wide.forward(flat.to(computes_in(x)), factors[:split])
         (y,), second = narrow.forward(act.forward(gate).mul_(up), factors[split:])
         ctx.parts, ctx.shape, ctx.counts = (wide, narrow, act), x.shape, (len(factors), len(first))
-        ctx.save_for_backward(flat, gate, up, *factors, *first, *second)
-        return y.view(*x.shape[:-1], -1)
+        ctx.save_for_backward(flat, gate.to(x.dtype), up.to(x.dtype), *factors, *first, *second)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         wide, narrow, act = ctx.parts
         x, gate, up, *rest = ctx.saved_tensors
+        dtype = computes_in(x)
+        gate, up = gate.to(dtype), up.to(dtype)
         factors, downs = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
         first, second = downs[: ctx.counts[1]], downs[ctx.counts[1] :]
         split = 2 * len(wide.updates)
         s = act.forward(gate)
         hidden = s * up if narrow.updates else s  # only the updates' own gradients ask for it
-        dh, narrow_grads = narrow.backward([dy.reshape(-1, dy.shape[-1])], hidden, second, factors[split:], True)
+        flat = dy.reshape(-1, dy.shape[-1]).to(dtype)
+        dh, narrow_grads = narrow.backward([flat], hidden, second, factors[split:], True)
         assert dh is not None
         dup = s.mul_(dh)
         dgate = act.backward(dh.mul_(up), gate)
-        dx, wide_grads = wide.backward([dgate, dup], x, first, factors[:split], ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(ctx.shape), None, None, None, *wide_grads, *narrow_grads
+        dx, wide_grads = wide.backward([dgate, dup], x.to(dtype), first, factors[:split], ctx.needs_input_grad[0])
+        return None if dx is None else dx.to(x.dtype).view(ctx.shape), None, None, None, *wide_grads, *narrow_grads

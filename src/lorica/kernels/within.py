@@ -8,13 +8,14 @@ tiles, in fp32 elsewhere; scores and softmax are fp32 always.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
+
+from lorica.kernels.precision import in_tiles
 
 SHORT = 128
 LIKE = 64  # short documents of 1 to 64 tokens are padded together, and those of 65 to 128
@@ -163,16 +164,6 @@ def _heads_first(heads: int, start: int, stop: int, *each: Tensor) -> tuple[Tens
         (states if len(states) == heads else states.repeat_interleave(heads // len(states), 0))[None]
         for states in found
     )
-
-
-def in_tiles(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies a number format in tiles (AMX's bf16), several times faster than fp32."""
-    return dtype == torch.bfloat16 and _has_tiles()
-
-
-@functools.cache
-def _has_tiles() -> bool:
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def _computes_in(dtype: torch.dtype) -> torch.dtype:

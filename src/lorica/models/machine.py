@@ -8,6 +8,7 @@ import time
 import torch
 
 from lorica.errors import LoricaError, nearest
+from lorica.kernels.precision import cpu_multiplies_bf16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,25 +54,7 @@ def native_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    # oneDNN's own answer is yes from AVX-512 on, where it emulates bf16 more slowly than fp32.
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("amx_bf16") or (has.get("avx512_bf16") and _bf16_pays()))
-
-
-@functools.cache
-def _bf16_pays(repeats: int = 5, gain: float = 1.2) -> bool:
-    """Whether a matrix product is at least `gain` times faster in bf16: with AVX-512's instruction it is twice as fast
-    on some CPUs and a third slower on others. Takes about 0.1 s."""
-    x, w = torch.randn(512, 1024), torch.randn(1024, 1024)
-    pairs = {dtype: (x.to(dtype), w.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
-    best = dict.fromkeys(pairs, float("inf"))
-    for repeat in range(repeats + 1):
-        for dtype, pair in pairs.items():
-            began = time.perf_counter()
-            torch.nn.functional.linear(*pair)
-            if repeat:  # the first call of a shape also plans it
-                best[dtype] = min(best[dtype], time.perf_counter() - began)
-    return best[torch.float32] > gain * best[torch.bfloat16]
+    return cpu_multiplies_bf16()
 
 
 @functools.cache

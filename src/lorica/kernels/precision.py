@@ -1,0 +1,88 @@
+"""In which number format a device multiplies matrices.
+
+Weights may be kept in a format that the device multiplies slowly: a CPU without AMX reaches a half to a hundredth of
+its fp32 speed in bf16. There, products are made in fp32 from copies that live no longer than the product, and what is
+kept stays small.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+from torch import Tensor
+
+# Elements of a wide copy: of a head's matrix, only slices of this size are copied at a time.
+SLICE = 1 << 24
+
+
+def computes_in(x: Tensor) -> torch.dtype:
+    """The dtype in which products of `x` are made: its own, or fp32 on a CPU that multiplies it more slowly.
+
+    A tensor without data stands for one where this machine would train.
+    """
+    here = x.is_cpu or (x.is_meta and not torch.cuda.is_available())
+    return _cpu_computes_in(x.dtype) if here else x.dtype
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices faster than fp32 ones."""
+    # oneDNN's own answer is yes from AVX-512 on, where it emulates bf16 more slowly than fp32.
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("amx_bf16") or (has.get("avx512_bf16") and _bf16_pays()))
+
+
+def in_tiles(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies a number format in tiles (AMX's bf16), several times faster than fp32."""
+    return dtype == torch.bfloat16 and _has_tiles()
+
+
+def mm_rows(a: Tensor, W: Tensor, out: Tensor) -> Tensor:
+    """``a W^T`` into `out`: a ``[n, in]``, W ``[rows, in]``, a large matrix of which no whole copy is made."""
+    dtype = computes_in(a)
+    if dtype == a.dtype:
+        return torch.mm(a, W.T, out=out)
+    wide, rows = a.to(dtype), max(1, SLICE // W.shape[1])
+    for start in range(0, len(W), rows):
+        out[:, start : start + rows] = torch.mm(wide, W[start : start + rows].to(dtype).T)
+    return out
+
+
+def mm_columns(a: Tensor, W: Tensor, out: Tensor) -> Tensor:
+    """``a W`` into `out`: a ``[n, rows]``, W ``[rows, width]``, a large matrix of which no whole copy is made."""
+    dtype = computes_in(a)
+    if dtype == a.dtype:
+        return torch.mm(a, W, out=out)
+    total = torch.zeros(len(a), W.shape[1], dtype=dtype, device=a.device)
+    rows = max(1, SLICE // W.shape[1])
+    for start in range(0, len(W), rows):
+        total.addmm_(a[:, start : start + rows].to(dtype), W[start : start + rows].to(dtype))
+    return out.copy_(total)
+
+
+@functools.cache
+def _cpu_computes_in(dtype: torch.dtype) -> torch.dtype:
+    slow = dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu_multiplies_bf16())
+    return torch.float32 if slow else dtype
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+@functools.cache
+def _bf16_pays(repeats: int = 5, gain: float = 1.2) -> bool:
+    """Whether a matrix product is at least `gain` times faster in bf16: with AVX-512's instruction it is twice as fast
+    on some CPUs and a third slower on others. Takes about 0.1 s."""
+    x, w = torch.randn(512, 1024), torch.randn(1024, 1024)
+    pairs = {dtype: (x.to(dtype), w.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    best = dict.fromkeys(pairs, float("inf"))
+    for repeat in range(repeats + 1):
+        for dtype, pair in pairs.items():
+            began = time.perf_counter()
+            torch.nn.functional.linear(*pair)
+            if repeat:  # the first call of a shape also plans it
+                best[dtype] = min(best[dtype], time.perf_counter() - began)
+    return best[torch.float32] > gain * best[torch.bfloat16]
