@@ -192,8 +192,9 @@ def test_peft_reads_what_we_write_and_we_read_what_it_writes_back(name, tmp_path
         with torch.no_grad():
             said = theirs(**inputs(model)).logits
         theirs.save_pretrained(str(tmp_path / "theirs"))
-    # Our output rows are trained by their difference, which adds in another order.
-    assert torch.equal(said, ours) or ("rows" in name and close(said, ours))
+    # Our output rows are trained by their difference, added in another order; PEFT multiplies slices as one update.
+    regrouped = "rows" in name or "slices" in name
+    assert torch.equal(said, ours) or (regrouped and close(said, ours))
     back = Adapter.load(tmp_path / "theirs")
     fresh = make()
     back.apply(fresh)

@@ -5,8 +5,9 @@ added to what the module returns. transformers lets an implementation be registe
 sorts the tokens by expert, multiplies each expert's rows with that expert's matrices and factors only, and so never
 makes a ``W_e + s B_e A_e``, which would take the memory of all experts again.
 
-The base's products are those of the implementation the model was set to, on the CPU to the bit: `eager` adds up a
-token's experts one after the other, all others at once.
+The base's products are those of the implementation the model was set to, on the CPU to the bit: `eager` multiplies each
+expert's rows by themselves, ordered by the place of the expert among a token's, and adds up a token's experts one after
+the other; all others have the rows of all experts in one tensor, and add at once.
 """
 
 from __future__ import annotations
@@ -70,14 +71,16 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if here and here.owners:
         raise LoricaError("experts cannot be patched by several adapters in one batch: run them one after the other")
     updates: dict[str, Update] = getattr(self.config, "updates", {})
-    chosen, order = torch.sort(top_k_index.reshape(-1))
+    eager = getattr(self.config, "config", self.config)._experts_implementation in (None, "eager")
+    tokens, k = top_k_index.shape
+    chosen, order = torch.sort((top_k_index.T if eager else top_k_index).reshape(-1), stable=True)
     counts = _counts(chosen, self.num_experts)
     chosen, order = chosen[: sum(counts)], order[: sum(counts)]
-    token = order // top_k_index.shape[-1]
+    token = order % tokens if eager else order // k
 
     def product(part: str, x: Tensor) -> Tensor:
         W = getattr(self, part)
-        y = grouped(x, W.mT if self.is_transposed else W, counts)
+        y = grouped(x, W.mT if self.is_transposed else W, counts, apart=eager)
         if self.has_bias:
             y = y + getattr(self, f"{part}_bias")[chosen]
         if part not in updates:
@@ -89,8 +92,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     y = product("down_proj", self._apply_gate(h) if self.has_gate else self.act_fn(h))
     if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
-    y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    if getattr(self.config, "config", self.config)._experts_implementation in (None, "eager"):
+    y = y * (top_k_weights.T if eager else top_k_weights).reshape(-1)[order].unsqueeze(-1)
+    if eager:
         return torch.zeros_like(hidden_states).index_add(0, token, y.to(hidden_states.dtype))
     each = y.new_zeros(top_k_index.numel(), y.shape[-1]).index_copy(0, order, y)
     return each.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
@@ -99,17 +102,18 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 ExpertsInterface.register(NAME, experts_forward)
 
 
-def grouped(x: Tensor, W: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped(x: Tensor, W: Tensor, counts: Sequence[int], apart: bool = False) -> Tensor:
     """``x W_e^T`` of each run of rows: ``x [rows, in]``, sorted by expert, and ``W [E, out, in]`` to ``[rows, out]``.
 
     Args:
         counts: ``[E]`` rows of each expert; their sum is the number of rows.
+        apart: multiply each run in memory of its own, since the last bits of a product may depend on where it lies.
     """
     x = x.to(W.dtype)
     if x.is_cuda and x.dtype == torch.bfloat16 and W.shape[1] % 8 == W.shape[2] % 8 == 0:  # torch's kernel, from 2.10
         offsets = torch.tensor(counts, device=x.device).cumsum(0, dtype=torch.int32)
         return F.grouped_mm(x, W.mT, offs=offsets)
-    return _Grouped.apply(x, W, tuple(counts))
+    return _Grouped.apply(x, W, tuple(counts), apart)
 
 
 class _Grouped(torch.autograd.Function):
@@ -117,16 +121,19 @@ class _Grouped(torch.autograd.Function):
     the whole stack for each of them."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, counts: tuple[int, ...]) -> Tensor:
+    def forward(ctx, x: Tensor, W: Tensor, counts: tuple[int, ...], apart: bool) -> Tensor:
         ctx.save_for_backward(x, W)
         ctx.counts = counts
         y = x.new_empty(len(x), W.shape[1])
         for e, rows in _runs(counts):
-            torch.mm(x[rows], W[e].T, out=y[rows])
+            if apart:
+                y[rows] = x[rows].clone() @ W[e].T
+            else:
+                torch.mm(x[rows], W[e].T, out=y[rows])
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, W = ctx.saved_tensors
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
@@ -135,7 +142,7 @@ class _Grouped(torch.autograd.Function):
                 torch.mm(dy[rows], W[e], out=dx[rows])
             if dW is not None:
                 dW[e] = torch.mm(dy[rows].T, x[rows])
-        return dx, dW, None
+        return dx, dW, None, None
 
 
 def _runs(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
