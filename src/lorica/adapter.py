@@ -7,13 +7,14 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from lorica import formats, patch, weights
+from lorica import algebra, beside, formats, patch, weights
 from lorica.errors import LoricaError, all_faults
 from lorica.formats import Contents, mlx, peft
 from lorica.lowrank import LoRA
@@ -38,12 +39,16 @@ class Adapter:
         tensors: fp32 by canonical name (see `patch.trainable`).
         meta: text about it: `base_model`, `base_fingerprint`, `task_type`, `quantize` if the base was packed (`nf4`,
             `int8`), and what the trainer adds (`chat_template`, `stop_tokens`, ...).
+        shares: of values trained whole that algebra made: how many times the base's own is to be added (`settled`).
+
+    Adapters of one base can be added, subtracted and multiplied by numbers: ``(0.7 * a + 0.3 * b).truncate(r=8)``.
     """
 
     method: LoRA
     targets: tuple[Target, ...]
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, str]
+    shares: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, name: str | None = None, meta: Mapping[str, str] | None = None) -> Adapter:
@@ -77,7 +82,16 @@ class Adapter:
                 f"{len(silent)} of {len(self.targets)} patches change nothing yet (a zero factor): {silent[0]} ...",
                 stacklevel=2,
             )
-        peft.write(Path(folder), Contents(self.method, self.targets, self.tensors, self.meta), dtype)
+        peft.write(Path(folder), self.contents(), dtype)
+
+    def contents(self) -> Contents:
+        """What a file holds of it; raises for values that are only known up to the base's."""
+        if self.shares:
+            raise LoricaError(
+                f"{len(self.shares)} parameters are trained whole ({next(iter(self.shares))} ...) and were combined"
+                " with weights that do not add up to 1, which takes the base's own values: adapter.settled(model)"
+            )
+        return Contents(self.method, self.targets, self.tensors, self.meta)
 
     def apply(self, model: nn.Module, name: str = "default") -> list[str]:
         """Put it on a model as the active adapter. Every missing, extra or mis-shaped tensor is in one error."""
@@ -126,7 +140,10 @@ class Adapter:
             raise all_faults("this adapter is not for this model:", sorted(faults) or ["it has no targets"])
         with torch.no_grad():
             for key, parameter in own.items():
-                parameter.copy_(self.tensors[key])
+                value = self.tensors[key]
+                if (share := self.shares.get(key)) is not None:
+                    value = value + share * parameter.to("cpu", torch.float32)
+                parameter.copy_(value)
         return patched
 
     def silent(self) -> list[str]:
@@ -136,6 +153,51 @@ class Adapter:
             for target in self.targets
             if not all(self.tensors[f"{target.path}#{target.part or 'lora'}.{factor}"].any() for factor in "AB")
         ]
+
+    def __add__(self, other: Adapter) -> Adapter:
+        return Adapter(*algebra.combined([(1.0, self), (1.0, other)])) if isinstance(other, Adapter) else NotImplemented
+
+    def __radd__(self, other: int) -> Adapter:
+        return self if other == 0 else NotImplemented  # where Python's sum begins
+
+    def __sub__(self, other: Adapter) -> Adapter:
+        return (
+            Adapter(*algebra.combined([(1.0, self), (-1.0, other)])) if isinstance(other, Adapter) else NotImplemented
+        )
+
+    def __mul__(self, weight: float) -> Adapter:
+        return Adapter(*algebra.combined([(float(weight), self)])) if isinstance(weight, Real) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Adapter:
+        return self * -1.0
+
+    def truncate(self, r: int | None = None, energy: float | None = None) -> Adapter:
+        """Every update at its best approximation of rank r, or of the smallest rank that keeps `energy` of it.
+
+        See `algebra.truncated`.
+        """
+        return Adapter(*algebra.truncated(self, r, energy))
+
+    @staticmethod
+    def ties(*adapters: Adapter, density: float = 0.5) -> Adapter:
+        """Merged by TIES (arXiv 2306.01708) in the core: see `algebra.ties`."""
+        return Adapter(*algebra.ties(adapters, density))
+
+    @staticmethod
+    def dare(*adapters: Adapter, density: float = 0.5, seed: int = 0) -> Adapter:
+        """Summed after DARE (arXiv 2311.03099) in the core: see `algebra.dare`."""
+        return Adapter(*algebra.dare(adapters, density, seed))
+
+    def inner(self, other: Adapter) -> float:
+        """``<dW, dW'>`` over all matrices: of itself the squared (Frobenius) norm, with another how alike they are."""
+        return algebra.inner(self, other)
+
+    def settled(self, model: nn.Module) -> Adapter:
+        """With the shares of the base added that algebra left open, so that it can be saved. `model`: the base."""
+        tensors = beside.settled(self, dict(patch.base_parameters(model)))
+        return Adapter(self.method, self.targets, MappingProxyType(tensors), self.meta)
 
     @property
     def nbytes(self) -> int:
@@ -147,7 +209,8 @@ class Adapter:
         """Hex digest of what the adapter does: its scales and tensors, not where it came from."""
         scales = sorted((str(target), self.method.scale_of(target.key)) for target in self.targets)
         digest = hashlib.sha256(json.dumps(scales).encode())
-        for key, tensor in sorted(self.tensors.items()):
+        shares = {f"{key} base": share for key, share in self.shares.items()}
+        for key, tensor in sorted({**self.tensors, **shares}.items()):
             digest.update(f"{key} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -68,7 +69,7 @@ def export(adapter: Adapter, to: str, out: str | Path, dtype: str = "fp32", base
     if out.exists():
         raise LoricaError(f"{out} is there already, and nothing is overwritten; give another name")
     name = name or re.sub(r"\W+", "-", out.stem)
-    contents = Contents(adapter.method, adapter.targets, adapter.tensors, adapter.meta)
+    contents = adapter.contents()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         staged = Path(folder) / out.name
@@ -124,7 +125,7 @@ def open_adapter(
 
 def _based(adapter: Adapter, base: str) -> Adapter:
     known = {key: value for key, value in adapter.meta.items() if value} | ({"base_model": base} if base else {})
-    return Adapter(adapter.method, adapter.targets, adapter.tensors, known)
+    return dataclasses.replace(adapter, meta=known)
 
 
 def _write(staged: Path, contents: Contents, to: str, dtype: str, base: str, name: str) -> list[str]:

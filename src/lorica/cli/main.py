@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "generate": "answer many prompts: batched, order kept, resumable",
     "eval": "loss and exact match with confidence intervals, side by side",
     "merge": "fold an adapter into its model, verified",
+    "compose": "add, subtract, weigh, truncate and merge adapters",
     "convert": "an adapter for llama.cpp, vLLM, MLX, Ollama, loralib, ...: written, read back, compared",
     "show": "what is in this model, adapter, run, or folder of adapters",
     "plan": "will it fit, how long will it take",

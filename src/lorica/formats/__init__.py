@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,13 +17,15 @@ from lorica.targets import Target
 class Contents(NamedTuple):
     """What an adapter file holds, whatever its layout.
 
-    `tensors` are fp32 by canonical name (see `patch.trainable`); `meta` is text about where they came from.
+    `tensors` are fp32 by canonical name (see `patch.trainable`); `meta` is text about where they came from. Of a
+    value that algebra made, `shares` say how many times the base's own is to be added (see `beside`); no file has any.
     """
 
     method: LoRA
     targets: tuple[Target, ...]
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, str]
+    shares: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def recognise(path: Path) -> str | None:
