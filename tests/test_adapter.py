@@ -170,10 +170,26 @@ INTEROP = {
     "fused slices": (gpt2, LoRA(r=2, alpha=3), "paper"),
     "fused slices, rslora, beside a whole layer": (gpt2, LoRA(r=2, scaling="alpha/sqrt(r)"), "c_attn[q,v], c_fc"),
     "patterns": (llama, LoRA(r=2, ranks={"q_proj": 5}, alphas={r"layers\.1\.self_attn\.k_proj": 3}), "attention"),
+    "patterns of which the first that fits counts": (
+        llama,
+        LoRA(r=2, ranks={"q_proj": 5, r"layers\.1\..*": 3}, alphas={"v_proj": 7, r"layers\.0\..*": 3}),
+        "qv",
+    ),
+    "fused slices, a rank by name": (gpt2, LoRA(r=2, ranks={"c_attn": 4}), "c_attn[q,v], c_fc"),
+    "fused slices, ranks by path": (
+        gpt2,
+        LoRA(r=2, ranks={"transformer.h.0.attn.c_attn": 4}, alphas={"transformer.h.0.attn.c_attn": 5}),
+        "c_attn[q,v]",
+    ),
+    "fused slices, rslora, ranks by pattern": (
+        gpt2,
+        LoRA(r=2, scaling="alpha/sqrt(r)", ranks={r"h\.0\..*": 3}),
+        "c_attn[q,v], c_fc",
+    ),
     "biases": (lambda: llama(bias=True), LoRA(r=2, bias="all"), "q_proj"),
     "biases of the patched": (lambda: llama(bias=True), LoRA(r=2, bias="lora_only"), "q_proj"),
     "whole modules": (llama, LoRA(r=2, modules_to_save=("norm",)), "q_proj"),
-    "rows": (llama, LoRA(r=2, token_rows=(3, 7)), "q_proj"),
+    "rows": (llama, LoRA(r=2, token_rows=(7, 3)), "q_proj"),
     "rows, untied": (lambda: llama(tied=False), LoRA(r=2, token_rows=(3, 7)), "q_proj"),
 }
 
@@ -242,6 +258,60 @@ def test_an_adapter_made_by_peft_has_the_same_tensors_delta_and_logits(name, tmp
         patch = model.get_submodule(target.path).lorica.default.lora
         delta = theirs.base_model.model.get_submodule(target.path).get_delta_weight("default")
         assert torch.equal(patch.delta(), delta.T if target.storage != "linear" else delta)
+
+
+def made_by_peft(make, folder, **settings):
+    """A model with PEFT's adapter, every tensor of it moved, and the adapter in a folder."""
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(make(), peft.LoraConfig(r=2, **settings)).eval()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+        theirs.save_pretrained(str(folder))
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trainable_token_indices": [9, 3, 7]},
+        {"trainable_token_indices": {"embed_tokens": [7, 3]}},
+        {"exclude_modules": ["model.layers.0.self_attn.q_proj"]},
+        {"layers_to_transform": [1]},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_what_a_setting_of_peft_means_it_means_here(settings, tmp_path):
+    theirs = made_by_peft(llama, tmp_path, target_modules=["q_proj"], **settings)
+    model = llama()
+    Adapter.load(tmp_path).apply(model)
+    with torch.no_grad():
+        assert close(logits(model), theirs(**inputs(model)).logits)
+
+
+def test_token_rows_that_do_not_fit_their_ids_are_refused(tmp_path):
+    Adapter.of(trained(llama, LoRA(r=2, token_rows=(3, 7)), "qv")).save(tmp_path / "a")
+    path = tmp_path / "a/adapter_config.json"
+    config = json.loads(path.read_text())
+    for ids, why in (([3], "2 token rows, the config names 1"), ([3, 3], "2 token rows, the config names 1")):
+        path.write_text(json.dumps(config | {"trainable_token_indices": {"embed_tokens": ids}}))
+        with pytest.raises(LoricaError, match=why):
+            Adapter.load(tmp_path / "a")
+    both = {"embed_tokens": [3, 7], "lm_head": [3, 8]}
+    path.write_text(json.dumps(config | {"trainable_token_indices": both}))
+    with pytest.raises(LoricaError, match="other rows for one layer than for another"):
+        Adapter.load(tmp_path / "a")
+
+
+def test_a_rank_that_is_not_the_config_s_is_refused_since_the_scale_would_be_another(tmp_path):
+    Adapter.of(trained(llama, LoRA(r=2), "qv")).save(tmp_path / "a")
+    path = tmp_path / "a/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"v_proj": 4}}))
+    with pytest.raises(LoricaError, match="v_proj: its rank is 2, the config says 4"):
+        Adapter.load(tmp_path / "a")
 
 
 def test_the_base_embedding_that_peft_adds_is_passed_over_if_it_is_the_base_s(tmp_path):

@@ -16,6 +16,7 @@ import laws
 import lorica
 from lorica import Adapter, LoRA, patch
 from lorica.errors import LoricaError
+from lorica.export import export
 from lorica.fast import Fast
 from lorica.targets import resolve
 from tiny import inputs, logits, stir
@@ -297,3 +298,13 @@ def test_depthwise_convolutions_need_a_rank_of_their_channels(tmp_path):
         twin = transformers.ConvNextForImageClassification(config).eval()
         Adapter.load(tmp_path).apply(twin)
         assert torch.equal(twin(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("to", ["vllm", "loralib", "mlx"])
+def test_other_layouts_refuse_convolutions(to, tmp_path):
+    model = net()()
+    lorica.inject(model, LoRA(r=6), "conv, head")
+    stir(model)
+    with pytest.raises(LoricaError, match="5 convolutions: first"):
+        export(Adapter.of(model), to, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

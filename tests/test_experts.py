@@ -18,6 +18,7 @@ from lorica import Adapter, LoRA, patch, plan
 from lorica.data import collate
 from lorica.errors import LoricaError
 from lorica.fast import Fast
+from lorica.inspect import inspect
 from lorica.kernels.documents import Documents, documents
 from lorica.kernels.experts import grouped
 from lorica.passes import Passes
@@ -318,3 +319,12 @@ def test_merged_experts_are_saved_and_read_by_transformers(tmp_path):
     model.save_pretrained(tmp_path)
     again = transformers.MixtralForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert laws.close(logits(again), said)
+
+
+def test_what_is_shown_of_an_adapter_names_the_ranks_of_experts(tmp_path):
+    model = mixture("mixtral")()
+    lorica.inject(model, LoRA(r=3, alpha=6, ranks={"experts.down_proj": 2}), "experts")
+    stir(model)
+    Adapter.of(model).save(tmp_path)
+    shown = inspect(tmp_path)
+    assert shown["ranks"] == [2, 3] and shown["scales"] == [2.0, 3.0]

@@ -56,8 +56,8 @@ def _model(thing: str | Path) -> dict[str, Any]:
 def _adapter(folder: Path, norms: bool) -> dict[str, Any]:
     adapter = Adapter.load(folder)
     method = adapter.method
-    ranks = sorted({method.rank_of(target.path) for target in adapter.targets})
-    scales = sorted({round(method.scale_of(target.path), 6) for target in adapter.targets})
+    ranks = sorted({method.rank_of(target.key) for target in adapter.targets})
+    scales = sorted({round(method.scale_of(target.key), 6) for target in adapter.targets})
     found = {
         "kind": "adapter",
         "path": str(folder),
@@ -115,7 +115,7 @@ def _row(folder: Path, root: Path) -> dict[str, Any]:
         "name": name,
         "loads": True,
         "base": adapter.meta.get("base_model", ""),
-        "ranks": sorted({adapter.method.rank_of(target.path) for target in adapter.targets}),
+        "ranks": sorted({adapter.method.rank_of(target.key) for target in adapter.targets}),
         "targets": targets.names(str(target) for target in adapter.targets),
         "bytes": _bytes(folder),
         "fault": f"{len(dead)} of {len(adapter.targets)} patches are zero" if dead else "",

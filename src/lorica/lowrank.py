@@ -197,7 +197,7 @@ class LoRA:
 
     def __post_init__(self) -> None:
         # Equal settings are to be equal values, however they were spelled.
-        for name, plain in (("alpha", float), ("ranks", dict), ("modules_to_save", tuple), ("token_rows", tuple)):
+        for name, plain in (("alpha", float), ("ranks", dict), ("modules_to_save", tuple), ("token_rows", _sorted)):
             object.__setattr__(self, name, plain(getattr(self, name)))
         object.__setattr__(self, "alphas", {key: float(alpha) for key, alpha in self.alphas.items()})
         ranks, alphas = [self.r, *self.ranks.values()], [self.alpha, *self.alphas.values()]
@@ -231,7 +231,7 @@ class LoRA:
     def patches(self, model: nn.Module, targets: Sequence[Target]) -> Iterator[tuple[str, str, nn.Module]]:
         """Yield ``(path, part, patch)`` for every matrix; raises if a pattern or an option fits nothing."""
         for key in [*self.ranks, *self.alphas]:
-            if not any(_fits(key, target.key) for target in targets):
+            if not any(fits(key, target.key) for target in targets):
                 raise all_faults(
                     f"the rank or alpha given for {key!r} fits none of the targets:",
                     [names(target.key for target in targets)],
@@ -330,15 +330,20 @@ class _Ends:
         return f"{self.embedding} and {self.head} are tied" if self.tied else "this model ties nothing"
 
 
+def _sorted(ids: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(set(ids)))
+
+
 def _storage(layer: nn.Module) -> weights.Storage:
     storage = weights.storage(layer)
     assert storage is not None, type(layer)
     return storage
 
 
-def _fits(key: str, path: str) -> bool:
+def fits(key: str, path: str) -> bool:
+    """Whether a pattern of ranks or alphas is for a target, as PEFT has it."""
     return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
 def _by_pattern(patterns: Mapping, path: str, default):
-    return next((value for key, value in patterns.items() if _fits(key, path)), default)
+    return next((value for key, value in patterns.items() if fits(key, path)), default)

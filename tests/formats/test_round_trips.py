@@ -16,6 +16,7 @@ import lorica
 from laws import close
 from lorica import Adapter, LoRA, LoricaError
 from lorica.export import FORMATS, export, open_adapter
+from lorica.formats.updates import method_of
 from tiny import inputs, logits
 
 # Where no scale has to be folded, or by 2^n: the rest is one rounding of B away.
@@ -189,3 +190,12 @@ def test_nothing_is_overwritten_and_a_run_gives_its_best(tmp_path):
     export(back, "peft", tmp_path / "out")
     with pytest.raises(LoricaError, match="nothing is overwritten"):
         export(back, "peft", tmp_path / "out")
+
+
+def test_a_pattern_is_for_its_layer_alone_whatever_the_names():
+    wanted = {
+        "blocks.a+b": (2, 1.0), "blocks.a.b": (3, 1.0), "blocks.a_b": (4, 2.0), "blocks.x(1)": (5, 1.0),
+        "blocks.w*": (2, 3.0), "b": (6, 1.0), "encoder.b": (7, 1.0),
+    }  # fmt: skip
+    method = method_of(wanted)
+    assert {path: (method.rank_of(path), method.scale_of(path)) for path in wanted} == wanted

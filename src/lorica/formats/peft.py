@@ -31,6 +31,7 @@ from torch import Tensor
 from lorica.errors import LoricaError, all_faults
 from lorica.files import folder_atomic, write_atomic
 from lorica.formats import Contents, stacks
+from lorica.formats.updates import only
 from lorica.lowrank import LoRA
 from lorica.targets import Target
 
@@ -62,7 +63,8 @@ def write(folder: Path, contents: Contents, dtype: str = "fp32") -> None:
     if dtype not in DTYPES:
         raise LoricaError(f"an adapter is kept as one of {', '.join(DTYPES)}, not {dtype!r}")
     tensors = {key: value.to(DTYPES[dtype]).contiguous() for key, value in sorted(_to_peft(contents).items())}
-    config = json.dumps(_config(contents), indent=2, sort_keys=True) + "\n"
+    # Patterns are not sorted: of several that fit, the first counts.
+    config = json.dumps(dict(sorted(_config(contents).items())), indent=2) + "\n"
     # One key only: safetensors writes several in random order, and the same adapter is to give the same bytes.
     blob = save(tensors, metadata={"lorica": json.dumps(_metadata(contents), sort_keys=True)})
     if folder.is_dir():
@@ -100,13 +102,16 @@ def read(folder: Path) -> Contents:
     stacked, taken, stack_faults = stacks.from_peft(config, tensors, list(storages))
     plain = {path: storage for path, storage in storages.items() if path not in taken}
     faults += stack_faults + _pair_faults(tensors, plain, config, taken)
+    token_rows = _sort_rows(config, tensors, faults)
     if faults:
         raise all_faults(f"{folder} is not an adapter that can be used:", faults)
     method, targets = _from_peft(config, tensors, plain, extra.pop("slices", {}), stacked)
+    method = dataclasses.replace(method, token_rows=token_rows)
     meta = {key: str(value) for key, value in extra.items()}
     meta.setdefault("base_model", config.get("base_model_name_or_path") or "")
     meta.setdefault("task_type", config.get("task_type") or "")
-    if isinstance(config.get("target_modules"), list) and not config.get("layers_to_transform"):
+    narrowed = config.get("layers_to_transform") or config.get("exclude_modules")
+    if isinstance(config.get("target_modules"), list) and not narrowed:
         meta["target_modules"] = json.dumps(sorted(config["target_modules"]))
     return Contents(method, targets, tensors, meta)
 
@@ -155,9 +160,11 @@ def _config(contents: Contents) -> dict[str, Any]:
         count = next(iter(joined.values()))
         r, alpha = method.r * count, _alpha(method, method.scale_of(""), method.r * count)
     elif joined:
+        paths = _by_path(contents.targets)
         exact = {path: method.rank_of(path) * count for path, count in joined.items()}
-        ranks = exact | ranks
-        alphas = {path: _alpha(method, method.scale_of(path), exact[path]) for path in exact} | alphas
+        ranks = _first({only(path, paths): r for path, r in exact.items()}, ranks)
+        scaled = {only(path, paths): _alpha(method, method.scale_of(path), r) for path, r in exact.items()}
+        alphas = _first(scaled, alphas)
     rows = {key.removesuffix("#tokens.rows") for key in contents.tensors if key.endswith("#tokens.rows")}
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -188,6 +195,11 @@ def _config(contents: Contents) -> dict[str, Any]:
     return config | {key: value for key, value in optional.items() if value}
 
 
+def _first(these: dict[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Patterns of which these count before the others, and instead of those that are spelled alike."""
+    return these | {key: value for key, value in others.items() if key not in these}
+
+
 def _module(name: str, key: str) -> re.Match[str] | None:
     """The path of the module called `name` that the parameter `key` lies in, as group 1."""
     return re.match(rf"((?:.*\.)?{re.escape(name)})\.", key)
@@ -211,7 +223,6 @@ def _from_peft(
     stacked: Sequence[Target],
 ) -> tuple[LoRA, tuple[Target, ...]]:
     """The method and targets; the joined update of a fused layer is taken apart in `tensors` where it still is one."""
-    tokens = config.get("trainable_token_indices") or ()
     method = LoRA(
         r=config.get("r", 8),
         alpha=float(config.get("lora_alpha", 8)),
@@ -222,7 +233,6 @@ def _from_peft(
         ranks=config.get("rank_pattern") or {},
         alphas=config.get("alpha_pattern") or {},
         modules_to_save=tuple(config.get("modules_to_save") or ()),
-        token_rows=tuple(next(iter(tokens.values())) if isinstance(tokens, dict) else tokens),
         tied=bool(config.get("ensure_weight_tying")),
     )
     targets = list(stacked)
@@ -239,7 +249,7 @@ def _from_peft(
                 targets.append(Target(path, storage, shape, part, (parts[part][0], parts[part][1])))
         else:
             targets.append(Target(path, "conv1d" if config.get("fan_in_fan_out") else storage, shape))
-    return _divided(method, split, whole=len(storages) + len(stacked)), tuple(targets)
+    return _divided(method, split, _by_path(targets)), tuple(targets)
 
 
 def _split(A: Tensor, B: Tensor, parts: dict[str, list[int]]) -> dict[str, tuple[Tensor, Tensor]] | None:
@@ -256,25 +266,25 @@ def _split(A: Tensor, B: Tensor, parts: dict[str, list[int]]) -> dict[str, tuple
     return None if others.any() else pieces
 
 
-def _divided(method: LoRA, split: dict[str, int], whole: int) -> LoRA:
+def _divided(method: LoRA, split: dict[str, int], paths: Mapping[str, Any]) -> LoRA:
     """The method whose rank at a split layer is one part's, at the same scale."""
     if not split:
         return method
     ranks = {path: method.rank_of(path) // count for path, count in split.items()}
     alphas = {path: _alpha(method, method.scale_of(path), r) for path, r in ranks.items()}
-    if len(split) == whole and len(set(ranks.values())) == len(set(alphas.values())) == 1:
+    if len(split) == len(paths) and len(set(ranks.values())) == len(set(alphas.values())) == 1:
         r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
         return dataclasses.replace(method, r=r, alpha=alpha, ranks={}, alphas={})
+    keys = {path: only(path, paths) for path in split}
     plain = dataclasses.replace(
         method,
-        ranks={key: r for key, r in method.ranks.items() if key not in split},
-        alphas={key: alpha for key, alpha in method.alphas.items() if key not in split},
+        ranks={key: r for key, r in method.ranks.items() if key not in keys.values()},
+        alphas={key: alpha for key, alpha in method.alphas.items() if key not in keys.values()},
     )
-    return dataclasses.replace(
-        plain,
-        ranks={path: r for path, r in ranks.items() if r != plain.rank_of(path)} | dict(plain.ranks),
-        alphas={path: alpha for path, alpha in alphas.items() if alpha != plain.alpha_of(path)} | dict(plain.alphas),
-    )
+    own_r = {keys[path]: r for path, r in ranks.items() if r != plain.rank_of(path)}
+    # Square roots and back (rsLoRA) may leave a last bit that no setting had.
+    own_alpha = {keys[p]: a for p, a in alphas.items() if not math.isclose(a, plain.alpha_of(p), rel_tol=1e-12)}
+    return dataclasses.replace(plain, ranks=own_r | dict(plain.ranks), alphas=own_alpha | dict(plain.alphas))
 
 
 def _alpha(method: LoRA, scale: float, r: int) -> float:
@@ -334,19 +344,35 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
     return faults
 
 
+def _sort_rows(config: dict[str, Any], tensors: dict[str, Tensor], faults: list[str]) -> list[int]:
+    """Put token rows in the order of their ids, in place, which PEFT keeps in that of its config; returns the ids."""
+    named = config.get("trainable_token_indices") or []
+    lists = named if isinstance(named, dict) else {"": named}
+    for key in [key for key in tensors if key.endswith("#tokens.rows")]:
+        path = key.removesuffix("#tokens.rows")
+        ids = next((ids for name, ids in lists.items() if not name or f".{path}".endswith(f".{name}")), [])
+        if len(set(ids)) != len(tensors[key]) or len(ids) != len(tensors[key]):
+            faults.append(f"shape       {path}: {len(tensors[key])} token rows, the config names {len(set(ids))}")
+        else:
+            tensors[key] = tensors[key][sorted(range(len(ids)), key=ids.__getitem__)]
+    if len({frozenset(ids) for ids in lists.values()}) > 1:
+        faults.append("trainable_token_indices names other rows for one layer than for another")
+    return sorted({each for ids in lists.values() for each in ids})
+
+
 def _pair_faults(
     tensors: Mapping[str, Tensor], storages: dict[str, str], config: dict[str, Any], others: Sequence[str]
 ) -> list[str]:
     faults = []
-    method_r = config.get("r", 8)
+    method = LoRA(r=config.get("r", 8), ranks=config.get("rank_pattern") or {})
     for path in storages:
         A, B = (tensors.get(f"{path}#lora.{factor}") for factor in "AB")
         if A is None or B is None:
             faults.append(f"missing     {path}: its lora_{'A' if A is None else 'B'}")
         elif A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             faults.append(f"shape       {path}: lora_A is {tuple(A.shape)} and lora_B is {tuple(B.shape)}")
-        elif not config.get("rank_pattern") and A.shape[0] != method_r:
-            faults.append(f"shape       {path}: its rank is {A.shape[0]}, the config says {method_r}")
+        elif A.shape[0] != method.rank_of(path):
+            faults.append(f"shape       {path}: its rank is {A.shape[0]}, the config says {method.rank_of(path)}")
     named = config.get("target_modules")
     for name in named if isinstance(named, list) else []:
         if not any(path == name or path.endswith(f".{name}") for path in [*storages, *others]):

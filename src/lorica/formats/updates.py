@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lorica.errors import LoricaError, all_faults
 from lorica.formats import Contents
-from lorica.lowrank import LoRA
+from lorica.lowrank import LoRA, fits
 from lorica.targets import Target
 
 # Last names of embeddings: files of other programs do not say which layers take ids.
@@ -97,6 +98,8 @@ def refusals(contents: Contents, rest: Mapping[str, Tensor], plain: bool = False
     other = sorted(key for key in rest if "#" in key and key not in rows)
     biases = sorted(key for key in rest if key.endswith(".bias") and "#" not in key)
     whole = sorted(key for key in rest if "#" not in key and key not in biases)
+    if convolutions := [target.path for target in contents.targets if target.storage == "conv"]:
+        against.append(f"{len(convolutions)} convolutions: {convolutions[0]} ...")
     if rows:
         against.append(f"single token rows of {', '.join(key.split('#')[0] for key in rows)} (token_rows)")
     if other:
@@ -156,8 +159,8 @@ def method_of(layers: Mapping[str, tuple[int, float]], dropout: float = 0.0) -> 
         r=r,
         alpha=alpha,
         dropout=dropout,
-        ranks={_only(path, wanted): each for path, (each, _) in wanted.items() if each != r},
-        alphas={_only(path, wanted): each for path, (_, each) in wanted.items() if each != alpha},
+        ranks={only(path, wanted): each for path, (each, _) in wanted.items() if each != r},
+        alphas={only(path, wanted): each for path, (_, each) in wanted.items() if each != alpha},
     )
 
 
@@ -218,9 +221,12 @@ def storage_by_name(path: str) -> str:
     return "embedding" if path.rpartition(".")[2] in _EMBEDDINGS else "linear"
 
 
-def _only(path: str, paths: Iterable[str]) -> str:
-    """A pattern that fits this path and no other of them: patterns match from any dot on."""
-    return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path
+def only(path: str, paths: Iterable[str]) -> str:
+    """A pattern that fits this path and no other of them: patterns are regexes, and match from any dot on."""
+    plain, escaped = path if re.fullmatch(r"[\w.-]+", path) else re.escape(path), re.escape(path)
+    others = [other for other in paths if other != path]
+    tried = (plain, f"^{plain}", escaped, f"^{escaped}")
+    return next(pattern for pattern in tried if not any(fits(pattern, other) for other in others))
 
 
 def _difference(was: Update | None, now: Update | None) -> Difference:
