@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 from lorica.serve import attention
 from lorica.serve.engine import EngineSettings, Sampling, Stream
 from lorica.serve.leases import Lease
-from lorica.serve.requests import Request, Requests
+from lorica.serve.requests import Request, Requests, capacity
 from lorica.serve.rows import Layers
 from lorica.serve.sampling import choose
 
@@ -51,32 +50,29 @@ class Bridge:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Layers, settings: EngineSettings | None = None, ends: Sequence[int] = ()
+        self, model: Any, layers: Layers, settings: EngineSettings | None = None, ends: Sequence[int] = ()
     ) -> None:
-        self.model = found = typing.cast(Any, model)
+        self.model = model
         self.layers = layers
-        self.settings = settings = settings or EngineSettings()
-        config = found.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None) or 1 << 20
-        pages = -(-(settings.kv_tokens or _memory(config, found.dtype, settings, context)) // settings.page)
-        self.kv_tokens = pages * settings.page
-        self.max_context = min(context, self.kv_tokens)
-        self.requests = Requests(self, config.vocab_size, tuple(ends))
+        self.settings = settings or EngineSettings()
+        self.kv_tokens, self.max_context = capacity(model, self.settings)
+        self.requests = Requests(self, self.model.config.get_text_config().vocab_size, tuple(ends))
+        self.keeps: bool = self.model._supports_logits_to_keep()
         self.steps = self.restarts = 0
         self._manager: _Manager | None = None
         self._undo = contextlib.ExitStack()
 
     def start(self) -> None:
-        """Take the layers over and begin to decode."""
+        """See `engine.Engine`."""
         before = self.model.config._attn_implementation
         self._undo.callback(self.model.set_attn_implementation, before)
         self._undo.enter_context(self.layers.attached())
         self._undo.callback(self.layers.idle)
-        self.requests.open()
+        self.requests.accepting = True
         self.build()
 
     def stop(self) -> None:
-        """End what is not done as cancelled, and give the model back."""
+        """See `engine.Engine`."""
         self.requests.accepting = False
         if self._manager and self._manager.is_running():
             self._manager.stop(block=True, hard_stop=True)
@@ -217,7 +213,8 @@ class _Scheduler(FIFOScheduler):
             for request in known:
                 request.state = "running"
             parts = [(request.rows, each.query_length) for request, each in zip(known, batch, strict=True)]
-            plan = self.bridge.layers.plan(parts, [each.has_new_token for each in batch])
+            kept = [each.has_new_token for each in batch] if self.bridge.keeps else None
+            plan = self.bridge.layers.plan(parts, kept)
             batch[:] = [batch[place] for place in plan.order]
             self.bridge.layers.work = plan.work
         return found
@@ -274,7 +271,7 @@ class _Runner(ModelRunner):
         pieces = [attention.Piece(start, stop) for start, stop in itertools.pairwise(starts)]
         wanted = batch_data["logits_indices"][: sum(each.has_new_token for each in batch)]
         options: dict[str, Any] = {attention.KEYWORD: attention.Step(pieces)}
-        if self.supports_logits_to_keep(model):
+        if self.bridge.keeps:
             options["logits_to_keep"] = wanted
         logits: Tensor = model(**batch_data, **options).logits[0]
         if "logits_to_keep" not in options:
@@ -287,17 +284,3 @@ class _Runner(ModelRunner):
             ids.append(token.id if token else 0)
             self.bridge.requests.say(request, token)
         self.inputs_and_outputs.output_ids[0, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-
-
-def _memory(config: Any, dtype: torch.dtype, settings: EngineSettings, context: int) -> int:
-    """Tokens whose keys and values fit in a quarter of the free memory; no more than can ever be used."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 2 * config.num_hidden_layers * heads * head * dtype.itemsize
-    if torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
-    return max(settings.page, min(free // 4 // each, settings.requests * context))

@@ -31,7 +31,7 @@ class Sampling:
         seed: the same seed gives the same tokens, whatever else is in the batch; None draws one.
         stop_ids: a token that ends the text; it is not part of it.
         ignore_eos: do not stop at the model's own end tokens.
-        logprobs: None, or how many of the likeliest tokens to report beside each chosen one.
+        logprobs: None for no log-probabilities, or how many of the likeliest tokens to report beside each chosen one.
     """
 
     max_tokens: int
@@ -61,10 +61,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token: its log-probability in nats (before temperature), and the likeliest ``(id, logprob)``."""
+    """One generated token; where asked for, its log-probability in nats (before temperature) and the likeliest others'.
+
+    `top` is pairs of id and log-probability, the likeliest first.
+    """
 
     id: int
-    logprob: float
+    logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
 

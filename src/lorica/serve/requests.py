@@ -14,8 +14,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import psutil
+import torch
+
 from lorica.errors import LoricaError
-from lorica.serve.engine import End, Reason, Sampling, Stream, Token, TooLong
+from lorica.serve.engine import End, EngineSettings, Reason, Sampling, Stream, Token, TooLong
 from lorica.serve.leases import Lease
 from lorica.serve.rows import Rows
 from lorica.serve.sampling import Chooser
@@ -62,8 +65,30 @@ class Request:
         return self.most - len(self.said)
 
 
+def capacity(model: Any, settings: EngineSettings) -> tuple[int, int]:
+    """Tokens that the cache of keys and values may hold, in whole pages, and those of one prompt and its answer.
+
+    Unless the settings say, the cache takes a quarter of the free memory, and no more than can ever be used.
+    """
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 17
+    wanted = settings.kv_tokens
+    if not wanted:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        each = 2 * config.num_hidden_layers * heads * head * model.dtype.itemsize
+        cuda = model.device.type == "cuda"
+        free = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
+        wanted = max(settings.page, min(free // 4 // each, settings.requests * context))
+    tokens = -(-wanted // settings.page) * settings.page
+    return tokens, min(context, tokens)
+
+
 class Requests:
-    """All requests that have not ended. `by_id` is read by the loop without the lock."""
+    """All requests that have not ended. New ones are taken while `accepting`.
+
+    `by_id` is read by the loop without the lock.
+    """
 
     def __init__(self, loop: Loop, vocab: int, ends: tuple[int, ...]) -> None:
         self.accepting = False
@@ -73,10 +98,6 @@ class Requests:
         self._numbers = itertools.count()
         self._deaths: deque[float] = deque(maxlen=_GIVE_UP[0])
         self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
-
-    def open(self) -> None:
-        """Take requests from now on."""
-        self.accepting = True
 
     def close(self) -> None:
         """Take none any more, and end all there are."""

@@ -66,7 +66,7 @@ def _at(shares: Tensor, u: float) -> int:
 
 def _told(logits: Tensor, id: int, top: int | None) -> Token:
     if top is None:
-        return Token(id, float("nan"))
+        return Token(id)
     logs = torch.log_softmax(logits.float(), 0)
     values, ids = logs.topk(top) if top else (logs[:0], logs[:0])
     return Token(id, float(logs[id]), tuple(zip(map(int, ids.tolist()), values.tolist(), strict=True)))
