@@ -146,7 +146,13 @@ def test_pickles_and_damaged_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("use_dora", True), ("peft_type", "IA3"), ("init_lora_weights", "pissa"), ("layer_replication", [[0, 1]])],
+    [
+        ("use_dora", True),
+        ("use_qalora", True),
+        ("peft_type", "IA3"),
+        ("init_lora_weights", "pissa"),
+        ("layer_replication", [[0, 1]]),
+    ],
 )
 def test_a_setting_that_changes_the_meaning_is_refused_by_name(tmp_path, key, value):
     Adapter.of(trained(llama, LoRA(r=2), "qv")).save(tmp_path / "a")

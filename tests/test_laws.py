@@ -29,6 +29,9 @@ CASES = {
     "gemma embedding": ("gemma", LoRA(r=4, token_rows=()), "embed_tokens"),
     "gemma rows": ("gemma", LoRA(r=4, token_rows=(3, 7)), "q_proj"),
     "t5 all-linear": ("t5", LoRA(r=4), "all-linear"),
+    "llama dora": ("llama", LoRA(r=4, dora=True, scaling="alpha/sqrt(r)"), "all-linear, lm_head"),
+    "gpt2 dora": ("gpt2", LoRA(r=3, dora=True, bias="all"), "all-linear, wte"),
+    "gemma dora": ("gemma", LoRA(r=4, dora=True, token_rows=(3, 7)), "embed_tokens, o_proj"),
     "bert all-linear": ("bert", LoRA(r=4, bias="all"), "all-linear"),
 }
 
@@ -65,7 +68,7 @@ def test_save_and_load_are_inverse(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama all-linear", "llama rows", "gpt2 paper", "gemma embedding", "gpt2 slice and whole"]
+    "name", ["llama all-linear", "llama rows", "gpt2 paper", "gemma embedding", "gpt2 slice and whole", "gpt2 dora"]
 )
 @pytest.mark.parametrize(
     "law",

@@ -15,6 +15,7 @@ LAYERS = [
     {"errors", "files"},
     {"weights", "core"},
     {"targets", "rows", "kernels"},
+    {"dora", "geometry"},
     {"lowrank"},
     {"state"},
     {"merging"},

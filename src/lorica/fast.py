@@ -113,11 +113,13 @@ def _group(layers: Sequence[nn.Module], tokens: int, salts: dict[int, int]) -> t
         for owner, start, stop in here.shares if here and here.owners else [(patches.active, 0, tokens)]:
             for part in patches.parts_of(owner).values() if owner in patches else ():
                 drop = part.dropout.p if layer.training and isinstance(part.dropout, nn.Dropout) else 0.0
-                update = Update(k, part.scale, (start, stop), part.rows, drop, salts.get(id(part), 0))
-                found.append((update, part.A, part.B))
+                gains = [] if part.m is None else [part.gain(layer)]
+                update = Update(k, part.scale, (start, stop), part.rows, drop, salts.get(id(part), 0), bool(gains))
+                found.append((update, part.A, part.B, gains))
     found.sort(key=lambda each: each[0].tokens)
-    factors = [factor for _, A, B in found for factor in (A, B)]
-    return Group(tuple(matrices), tuple(update for update, _, _ in found)), factors
+    factors = [factor for _, A, B, _ in found for factor in (A, B)]
+    factors += [gain for *_, gains in found for gain in gains]
+    return Group(tuple(matrices), tuple(update for update, *_ in found)), factors
 
 
 def _tokens(x: Tensor) -> int:

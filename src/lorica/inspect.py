@@ -62,7 +62,7 @@ def _adapter(folder: Path, norms: bool) -> dict[str, Any]:
         "kind": "adapter",
         "path": str(folder),
         "base": adapter.meta.get("base_model", ""),
-        "method": "lora",
+        "method": "dora" if method.dora else "lora",
         "ranks": ranks,
         "alpha": method.alpha,
         "scales": scales,
@@ -155,6 +155,7 @@ def _vllm(adapter: Adapter, folder: Path) -> dict[str, str]:
     against = [
         reason
         for reason, holds in {
+            "vLLM refuses DoRA: merge it (lorica merge X -o DIR)": method.dora,
             "it trains whole modules": bool(method.modules_to_save),
             "it trains biases": method.bias != "none",
             "it trains token rows": bool(method.token_rows),

@@ -19,16 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica import weights
+from lorica import dora, weights
 from lorica.errors import all_faults
+from lorica.geometry import SCALINGS
 from lorica.kernels import experts
 from lorica.rows import TiedTokenRows, TokenRows
 from lorica.targets import CHILD, Target, input_embedding, names
 
-SCALINGS: dict[str, Callable[[float, int], float]] = {
-    "alpha/r": lambda alpha, r: alpha / r,
-    "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r),
-}
 INITS: dict[str, Callable[[Tensor], Tensor]] = {
     # The distribution of nn.Linear's own weights, as loralib draws A.
     "kaiming": lambda A: nn.init.kaiming_uniform_(A, a=math.sqrt(5)),
@@ -62,6 +59,7 @@ class LowRank(nn.Module):
         self.part = target.part
         self.A = nn.Parameter(torch.empty(of_A, dtype=torch.float32))
         self.B = nn.Parameter(torch.empty(of_B, dtype=torch.float32))
+        self.register_parameter("m", None)
         self.dropout = nn.Dropout(dropout) if dropout and target.storage != "embedding" else nn.Identity()
         if target.storage == "embedding":
             # Only columns of A whose ids occur get a gradient, so A is the factor that starts at zero, as in loralib.
@@ -87,7 +85,10 @@ class LowRank(nn.Module):
         if storage.takes_ids:
             self._grow(storage.shape(layer)[1])
         # PEFT's order of operations, so that fp32 results agree with it to the bit.
-        update = storage.up(layer, storage.down(layer, self.dropout(x), self.A), self.B) * self.scale
+        update = storage.up(layer, storage.down(layer, self.dropout(x), self.A), self.B)
+        if self.m is not None:
+            return dora.output(layer, y, update, self.gain(layer, exact=True), self.scale).to(y.dtype)
+        update = update * self.scale
         if self.rows:
             start, stop = self.rows
             return torch.slice_scatter(y, (y[..., start:stop] + update).to(y.dtype), -1, start, stop)
@@ -104,7 +105,25 @@ class LowRank(nn.Module):
     def fold(self, layer: nn.Module, W: Tensor) -> Tensor:
         """``W + scale B A`` for ``W [out, in]`` in fp32 (section 4.1, no additional inference latency)."""
         self._grow(W.shape[-1])
-        return W + self.delta().to(W.device)
+        delta = self.delta().to(W.device)
+        if self.m is None:
+            return W + delta
+        g = dora.gain(self.m.detach().to(W.device), dora.norms(W, self.A.detach(), self.B.detach(), self.scale))
+        return g[:, None] * (W + delta)
+
+    def weigh(self, layer: nn.Module) -> None:
+        """Give every output a magnitude, which is trained beside its direction (DoRA)."""
+        self.norms = dora.Norms()
+        self.m = nn.Parameter(self.norms(layer, self.A, self.B, self.scale, exact=True))
+
+    def gain(self, layer: nn.Module, exact: bool = False) -> Tensor:
+        """What DoRA multiplies the outputs of a layer with, bias aside: ``m / ||W + scale B A||  [out]`` in fp32.
+
+        Args:
+            exact: in PEFT's order of operations, which forms ``W + scale B A``; else within 1e-5 and without.
+        """
+        assert self.m is not None, "a patch without magnitudes"
+        return dora.gain(self.m, self.norms(layer, self.A, self.B, self.scale, exact))
 
     def make_up_for(self, lost: Tensor) -> None:
         """Start at the best approximation of what the layer's matrix lost, ``W - Q [out, in]`` (`loftq`)."""
@@ -181,6 +200,7 @@ class LoRA:
         modules_to_save: names of modules trained whole, beside the factors.
         token_rows: ids whose embedding rows (and output rows) are trained, all others frozen.
         tied: let an update of a tied embedding reach the output head too; without it, only the input side changes.
+        dora: train the size of each row of ``W + s B A`` by itself (DoRA, arXiv 2402.09353); see `lorica.dora`.
     """
 
     r: int = 8
@@ -194,6 +214,7 @@ class LoRA:
     modules_to_save: Sequence[str] = ()
     token_rows: Sequence[int] = ()
     tied: bool = False
+    dora: bool = False
 
     def __post_init__(self) -> None:
         # Equal settings are to be equal values, however they were spelled.
@@ -236,17 +257,21 @@ class LoRA:
                     f"the rank or alpha given for {key!r} fits none of the targets:",
                     [names(target.key for target in targets)],
                 )
-        reasons = [(target, weights.unfit(target, self.rank_of(target.key), self.dropout)) for target in targets]
+        reasons = [(target, self._unfit(target)) for target in targets]
         if faults := [f"{target}: {reason}" for target, reason in reasons if reason]:
             raise all_faults("these settings do not fit these targets:", faults)
         tie = _Ends(model)
         if self.tied and not (tie.tied and tie.embedding in [target.path for target in targets]):
             raise all_faults("tied=True needs a tied embedding among the targets:", [tie.say()])
+        if self.tied and self.dora:
+            raise all_faults("tied=True and dora=True:", ["the two sides of a tied matrix have rows of other norms"])
         whole = self._unpacked(model, targets) if self.init == "loftq" else None
         for target in targets:
             patch = LowRank(target, self.rank_of(target.key), self.scale_of(target.key), self.dropout, self.init)
             if whole is not None and target.storage in weights.PACKED:
                 patch.make_up_for(weights.lost(model, whole, target.path))
+            if self.dora:
+                patch.weigh(model.get_submodule(target.path))
             yield target.path, target.part or "lora", patch
             if self.tied and target.path == tie.embedding:
                 yield tie.head, "lora_tied", TiedLowRank(patch)
@@ -279,6 +304,11 @@ class LoRA:
                 raise all_faults(f"{wanted!r} is trained whole and is a target too:", fixes)
             chosen.update(dict.fromkeys(found))
         return list(chosen)
+
+    def _unfit(self, target: Target) -> str | None:
+        return weights.unfit(target, self.rank_of(target.key), self.dropout) or (
+            dora.unfit(target) if self.dora else None
+        )
 
     def _unpacked(self, model: nn.Module, targets: Sequence[Target]) -> nn.Module:
         """The model as it was before it was quantized; raises for one of which that cannot be had."""

@@ -100,6 +100,10 @@ class Storage:
         weight = layer.get_parameter(self.parameter(part))
         return self.stored(W).to(dtype or weight.dtype).contiguous().view(weight.shape)
 
+    def per_output(self, layer: Any, values: Tensor) -> Tensor:
+        """One value per output ``[out]``, in the shape in which it meets the layer's output."""
+        return values.reshape(-1, *(1 for _ in layer.kernel_size)) if self.name == "conv" else values
+
 
 def _same(weight: Tensor) -> Tensor:
     return weight

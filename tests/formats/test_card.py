@@ -79,3 +79,8 @@ def test_the_card_of_a_run_on_a_folder_names_no_base_of_the_hub():
 def test_the_curve_is_only_shown_where_it_lies_beside():
     assert "curve.png" not in hub_card(ADAPTER | RUN, {})
     assert "![loss while training](curve.png)" in hub_card(ADAPTER | RUN, {"curve.png": "b" * 64})
+
+
+def test_a_dora_adapter_is_called_so_and_nobody_is_sent_to_vllm():
+    text = card(RUN | {"method": "dora"})
+    assert "A DoRA adapter" in text and "take the merged model only" in text and "vllm serve" not in text

@@ -121,6 +121,16 @@ def test_saving_seldom_gives_the_same_run(fresh, tok, rows, settings, whole, tmp
     assert outcome(path) == whole
 
 
+@pytest.mark.parametrize("method", [{"dora": True, "lr_ratio": 16.0}], ids=str)
+def test_variants_resume_to_the_bit(fresh, tok, rows, settings, tmp_path, method):
+    chosen = dataclasses.replace(settings, lr=1e-3, **method)
+    lorica.train(fresh(), tok, rows, chosen, out=tmp_path / "whole")
+    with pytest.raises(Crash):
+        lorica.train(fresh(), tok, rows, chosen, out=tmp_path / "a", report=crash_at(9))
+    lorica.train(fresh(), tok, rows, resume=tmp_path / "a")
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "whole")
+
+
 def test_a_run_without_held_out_rows_resumes_too(fresh, tok, rows, settings, tmp_path):
     settings = dataclasses.replace(settings, held_out=0.0)
     lorica.train(fresh(), tok, rows, settings, out=tmp_path / "whole")

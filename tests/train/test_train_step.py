@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -22,6 +23,8 @@ from lorica.passes import WAYS, Passes
 from lorica.train.examples import cut, labels_in
 from lorica.train.loop import updates
 from lorica.train.optimizer import Optimizer
+from lorica.train.setup import preview
+from tiny import MODELS
 
 RAGGED = [
     Example([0, 5, 6, 7, 8, 9, 1], [False] * 6 + [True]),
@@ -222,6 +225,49 @@ def test_the_update_is_that_of_plain_adamw():
         optimizer.step(lr)
         reference.step()
     torch.testing.assert_close(ours, theirs)
+
+
+def test_with_a_ratio_the_update_is_that_of_plain_adamw_with_a_group_of_its_own_for_every_b():
+    def weights_after(made, settings=None):
+        model = copy.deepcopy(made)
+        parameters = lorica.trainable(model)
+        factors = [key for key in parameters if key.endswith(".B")]
+        others = [key for key in parameters if not key.endswith(".B")]
+        assert factors and others
+        if settings:
+            optimizer = Optimizer(parameters, settings)
+        else:
+            groups = [{"params": [parameters[key] for key in keys]} for keys in (others, factors)]
+            plain = torch.optim.AdamW(groups, weight_decay=0.1)
+        for step in range(1, 4):
+            generator = torch.Generator().manual_seed(step)
+            for key in sorted(parameters):
+                parameters[key].grad = torch.randn(parameters[key].shape, generator=generator)
+            if settings:
+                optimizer.clip(0)
+                optimizer.step(0.01 / step)
+                optimizer.clear()
+            else:
+                plain.param_groups[0]["lr"], plain.param_groups[1]["lr"] = 0.01 / step, 0.16 / step
+                plain.step()
+        return {key: parameter.detach().clone() for key, parameter in parameters.items()}
+
+    model = MODELS["llama"]()
+    lorica.inject(model, LoRA(r=2, bias="none", dora=True), "q_proj, down_proj")
+    ours = weights_after(model, TrainSettings(weight_decay=0.1, lr_ratio=16))
+    plain = weights_after(model)
+    assert all(torch.allclose(ours[key], plain[key], rtol=1e-5, atol=1e-7) for key in plain)
+    assert not torch.allclose(ours["model.layers.0.mlp.down_proj#lora.B"], torch.zeros(1))
+
+
+def test_the_default_rate_shrinks_with_the_ratio_and_a_given_one_does_not(fresh, tok, rows, brief):
+    told = {}
+    for ratio, lr in ((1.0, None), (16.0, None), (16.0, 1e-3)):
+        settings = dataclasses.replace(brief, lr_ratio=ratio, lr=lr)
+        told[ratio, lr] = preview(fresh(), tok, rows, settings)
+    assert told[16.0, None]["lr"] == pytest.approx(told[1.0, None]["lr"] / 16, rel=0.05)
+    assert "first update is as large as plain LoRA's" in told[16.0, None]["lr_from"]
+    assert told[16.0, 1e-3]["lr"] == 1e-3 and told[16.0, 1e-3]["lr_from"] == "as given, B's 16 times that"
 
 
 def test_the_same_seed_gives_the_same_numbers_with_dropout(fresh, tok, rows, brief, tmp_path):

@@ -31,14 +31,14 @@ def card(facts: Mapping[str, Any]) -> str:
     parts = [
         _head("" if Path(base).is_absolute() else base),
         f"# {facts['run']}",
-        f"A LoRA adapter for `{base}`, trained with lorica. `best/` is the adapter of the lowest held-out"
+        f"A {_kind(facts)} adapter for `{base}`, trained with lorica. `best/` is the adapter of the lowest held-out"
         f" loss (update {facts['best_step']:,}), `last/` the newest; both are in PEFT's layout.",
         "## Results\n\n" + _results(facts),
         "![loss while training](curve.png)" if facts.get("curve") else "",
         "## Data\n\n" + _data(facts),
         "## Settings\n\n" + _settings(facts),
         "All of them are in `run.toml`; `lorica train -c run.toml` repeats the run.",
-        "## Use\n\n" + _use(base, "best", facts["rank"], thing="."),
+        "## Use\n\n" + _use(facts, "best", thing="."),
         "## Limits\n\n" + _limits(facts),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -98,7 +98,7 @@ def _yaml(text: str) -> str:
 
 
 def _kind(facts: Mapping[str, Any]) -> str:
-    return "LoRA" if facts["method"] == "lora" else facts["method"]
+    return {"lora": "LoRA", "dora": "DoRA"}.get(facts["method"], facts["method"])
 
 
 def _results(facts: Mapping[str, Any]) -> str:
@@ -144,10 +144,19 @@ def _table(head: tuple[str, str], rows: Sequence[tuple[str, Any]]) -> str:
     return "\n".join([re.sub(" +", " ", f"| {head[0]} | {head[1]} |"), "|---|---|", *lines])
 
 
-def _use(base: str, adapter: str, rank: int, thing: str) -> str:
+def _use(facts: Mapping[str, Any], adapter: str, thing: str) -> str:
     """How to load it; `adapter` is in PEFT's layout, `thing` what lorica's commands take."""
-    parts = [_lorica(base, adapter, thing), _peft(base, adapter), _merged(thing), _vllm(base, adapter, rank)]
-    return "\n\n".join([*parts, _llama_cpp(thing)])
+    base = facts["model"]
+    parts = [_lorica(base, adapter, thing), _peft(base, adapter), _merged(thing)]
+    if facts["method"] == "dora":
+        parts.append(_only_merged("they know no DoRA"))
+    else:
+        parts += [_vllm(base, adapter, facts["rank"]), _llama_cpp(thing)]
+    return "\n\n".join(parts)
+
+
+def _only_merged(why: str) -> str:
+    return f"vLLM, llama.cpp and Ollama take the merged model only: {why}."
 
 
 def _hub_use(facts: Mapping[str, Any]) -> str:
@@ -160,7 +169,7 @@ def _hub_use(facts: Mapping[str, Any]) -> str:
         parts += [_vllm(base, repo, rank), _llama_cpp(repo)]
     else:
         why = facts["vllm_refuses"] or "it is no plain LoRA"
-        parts.append(f"vLLM, llama.cpp and Ollama take the merged model only: {why}.")
+        parts.append(_only_merged(why))
     return "\n\n".join(parts)
 
 

@@ -3,6 +3,7 @@
     base_model.model.<path>.lora_A.weight  [r, in]       .lora_B.weight  [out, r]
     base_model.model.<path>.lora_embedding_A  [r, num]   .lora_embedding_B  [dim, r]
     base_model.model.<path>.token_adapter.trainable_tokens_delta  [n, dim]   (the rows themselves, despite the name)
+    base_model.model.<path>.lora_magnitude_vector  [out]           DoRA's m; [1, out, 1...] of a convolution
     (convolutions and experts: see `formats.stacks`)
     base_model.model.<name of a parameter>               biases and modules_to_save; a patched layer's own is
                                                          <path>.base_layer.bias
@@ -42,7 +43,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _READ = {
     "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights",
     "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",
-    "target_parameters", "task_type", "trainable_token_indices", "use_rslora",
+    "target_parameters", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 # Settings of training or of PEFT itself: they change nothing about what the tensors mean.
 _IRRELEVANT = {
@@ -54,7 +55,7 @@ _IRRELEVANT = {
 _PLAIN_INITS = {True, False, None, "gaussian", "orthogonal", "eva", "mica"}
 _TENSOR = re.compile(
     r"(?P<path>.+)\.(?:(?P<linear>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
-    r"|token_adapter\.(?P<rows>trainable_tokens_delta))"
+    r"|lora_(?P<size>magnitude)_vector(?:\.weight)?|token_adapter\.(?P<rows>trainable_tokens_delta))"
 )
 
 
@@ -92,6 +93,9 @@ def read(folder: Path) -> Contents:
             if match["rows"]:
                 tensors[f"{match['path']}#tokens.rows"] = tensor.float()
                 continue
+            if match["size"]:
+                tensors[f"{match['path']}#lora.m"] = tensor.float().flatten()
+                continue
             factor = match["embedding"] or match["linear"][-1]
             storages[match["path"]] = "embedding" if match["embedding"] else "linear"
             tensors[f"{match['path']}#lora.{factor}"] = tensor.float()
@@ -101,7 +105,7 @@ def read(folder: Path) -> Contents:
             tensors[name.replace(".base_layer.", ".")] = tensor.float()
     stacked, taken, stack_faults = stacks.from_peft(config, tensors, list(storages))
     plain = {path: storage for path, storage in storages.items() if path not in taken}
-    faults += stack_faults + _pair_faults(tensors, plain, config, taken)
+    faults += stack_faults + _pair_faults(tensors, plain, config, taken) + _magnitude_faults(tensors, storages, config)
     token_rows = _sort_rows(config, tensors, faults)
     if faults:
         raise all_faults(f"{folder} is not an adapter that can be used:", faults)
@@ -123,8 +127,8 @@ def _to_peft(contents: Contents) -> dict[str, Tensor]:
     for path, parts in _by_path(contents.targets).items():
         if stacks.is_stack(parts[0]):
             out |= {PREFIX + key: tensor for key, tensor in stacks.to_peft(parts, tensors).items()}
-            for target in parts:
-                del tensors[f"{path}#{target.part or 'lora'}.A"], tensors[f"{path}#{target.part or 'lora'}.B"]
+            for key in (f"{path}#{target.part or 'lora'}.{factor}" for target in parts for factor in "ABm"):
+                tensors.pop(key, None)
             continue
         A = [tensors.pop(f"{path}#{target.part or 'lora'}.A") for target in parts]
         B = [tensors.pop(f"{path}#{target.part or 'lora'}.B") for target in parts]
@@ -139,6 +143,8 @@ def _to_peft(contents: Contents) -> dict[str, Tensor]:
         embedding = parts[0].storage == "embedding"
         out[f"{PREFIX}{path}.{'lora_embedding_A' if embedding else 'lora_A.weight'}"] = A[0]
         out[f"{PREFIX}{path}.{'lora_embedding_B' if embedding else 'lora_B.weight'}"] = B[0]
+        if f"{path}#lora.m" in tensors:
+            out[f"{PREFIX}{path}.lora_magnitude_vector"] = tensors.pop(f"{path}#lora.m")
     patched = _by_path(contents.targets)
     for key, tensor in tensors.items():
         path, _, last = key.rpartition(".")
@@ -182,6 +188,7 @@ def _config(contents: Contents) -> dict[str, Any]:
         "ensure_weight_tying": method.tied,
         "fan_in_fan_out": any(target.storage == "conv1d" for target in contents.targets),
         "target_parameters": sorted(target.key for target in contents.targets if target.storage == "experts"),
+        "use_dora": method.dora,
         "use_rslora": method.scaling == "alpha/sqrt(r)",
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
@@ -234,6 +241,7 @@ def _from_peft(
         alphas=config.get("alpha_pattern") or {},
         modules_to_save=tuple(config.get("modules_to_save") or ()),
         tied=bool(config.get("ensure_weight_tying")),
+        dora=bool(config.get("use_dora")),
     )
     targets = list(stacked)
     split: dict[str, int] = {}
@@ -358,6 +366,19 @@ def _sort_rows(config: dict[str, Any], tensors: dict[str, Tensor], faults: list[
     if len({frozenset(ids) for ids in lists.values()}) > 1:
         faults.append("trainable_token_indices names other rows for one layer than for another")
     return sorted({each for ids in lists.values() for each in ids})
+
+
+def _magnitude_faults(tensors: Mapping[str, Tensor], paths: Iterable[str], config: dict[str, Any]) -> list[str]:
+    """What is wrong with DoRA's magnitudes: one per output, of every layer or, without use_dora, of none."""
+    faults = []
+    for path in paths:
+        m, B = (tensors.get(f"{path}#lora.{name}") for name in "mB")
+        if (m is not None) != bool(config.get("use_dora")):
+            said = "which use_dora asks for" if m is None else "and the config does not say use_dora"
+            faults.append(f"{'missing' if m is None else 'unexpected':<11} {path}: its lora_magnitude_vector, {said}")
+        elif m is not None and B is not None and len(m) != len(B):
+            faults.append(f"shape       {path}: lora_magnitude_vector has {len(m)} of {len(B)} outputs")
+    return faults
 
 
 def _pair_faults(

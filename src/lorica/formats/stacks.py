@@ -38,6 +38,8 @@ def to_peft(parts: Sequence[Target], tensors: Mapping[str, Tensor]) -> dict[str,
             _, *kernel = target.sizes
             A = A.reshape(-1, A.shape[-1] // math.prod(kernel), *kernel)
             B = B.reshape(-1, B.shape[-1], *(1 for _ in kernel))
+            if (m := tensors.get(f"{target.path}#lora.m")) is not None:
+                out[f"{target.path}.lora_magnitude_vector"] = m.reshape(1, -1, *(1 for _ in kernel))
         else:
             A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
         path = target.path + INNER * (len(parts) - 1 - place)

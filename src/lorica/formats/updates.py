@@ -95,11 +95,14 @@ def refusals(contents: Contents, rest: Mapping[str, Tensor], plain: bool = False
         return [f"its method is {type(method).__name__}, which is more than a low-rank update"]
     against = []
     rows = sorted(key for key in rest if "#tokens" in key)
-    other = sorted(key for key in rest if "#" in key and key not in rows)
+    sizes = [key for key in rest if method.dora and key.endswith("#lora.m")]
+    other = sorted(key for key in rest if "#" in key and key not in rows and key not in sizes)
     biases = sorted(key for key in rest if key.endswith(".bias") and "#" not in key)
     whole = sorted(key for key in rest if "#" not in key and key not in biases)
     if convolutions := [target.path for target in contents.targets if target.storage == "conv"]:
         against.append(f"{len(convolutions)} convolutions: {convolutions[0]} ...")
+    if method.dora:
+        against.append("DoRA's magnitudes, which no low-rank update says: merge it (lorica merge X -o DIR)")
     if rows:
         against.append(f"single token rows of {', '.join(key.split('#')[0] for key in rows)} (token_rows)")
     if other:

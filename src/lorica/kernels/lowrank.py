@@ -6,9 +6,12 @@ One engine for one adapter, for many trained at once, and for many served in one
 - x is kept once per group, and beside it only the products ``x A^T [tokens, r]``;
 - the A of all updates that read the same tokens are one matrix product, forward and backward;
 - updates are added in place with the scale folded in: nothing of the size of y or x is made but y and dx;
-- dropout draws its mask again instead of keeping it.
+- dropout draws its mask again instead of keeping it;
+- DoRA's gain, ``y = q (x W^T + s x A^T B^T) + b`` with q per output, is one scaling in place, for which the base's part
+  of y is kept.
 
-Gradients, with g = s dy B:  dA = g^T x,  dB = s dy^T (x A^T),  dx = dy W + g A   (equation 3, differentiated).
+Gradients, with g = s dy B:  dA = g^T x,  dB = s dy^T (x A^T),  dx = dy W + g A   (equation 3, differentiated). With a
+gain, dy is q dy in all of these, and  dq = sum over tokens of dy (y - b) / q.
 """
 
 from __future__ import annotations
@@ -48,7 +51,10 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Update:
-    """One ``s B A``: at which matrix of the group, on which tokens and which columns of the output."""
+    """One ``s B A``: at which matrix of the group, on which tokens and which columns of the output.
+
+    With `gained`, a gain per output multiplies the matrix's whole product on these tokens, bias aside.
+    """
 
     matrix: int
     scale: float
@@ -56,35 +62,61 @@ class Update:
     columns: tuple[int, int] | None = None
     dropout: float = 0.0
     salt: int = 0
+    gained: bool = False
 
 
 @dataclass(frozen=True)
 class Group:
-    """Projections of one input and their updates; those on the same tokens are neighbours."""
+    """Projections of one input and their updates; those on the same tokens are neighbours.
+
+    Factors are ``[A, B, A, B, ..., q, ...]``: a pair per update, then the gains ``[out]`` of those that have one.
+    """
 
     matrices: tuple[Matrix, ...]
     updates: tuple[Update, ...]
 
+    @property
+    def gains(self) -> dict[int, int]:
+        """The place among the factors of each gain, by update."""
+        gained = [i for i, update in enumerate(self.updates) if update.gained]
+        return {i: 2 * len(self.updates) + k for k, i in enumerate(gained)}
+
+    @property
+    def factors(self) -> int:
+        """How many factors there are."""
+        return 2 * len(self.updates) + len(self.gains)
+
     def forward(self, x: Tensor, factors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """``x [tokens, in]`` and ``[A, B, A, B, ...]`` to the outputs and the products ``x A^T``, one per update."""
+        """``x [tokens, in]`` to the outputs, and what `backward` needs: per update ``x A^T``, per gain the base's y."""
         ys = [matrix.forward(x) for matrix in self.matrices]
         downs: list[Tensor] = []
+        bases: list[Tensor] = []
+        gains = self.gains
         for (start, stop), places in self._runs():
             downs += self._down(x[start:stop], places, factors)
             for i in places:
-                out = self._part(ys, i)
-                out.addmm_(downs[i], factors[2 * i + 1].to(x.dtype).T, alpha=self.updates[i].scale)
-        return ys, downs
+                out, B = self._part(ys, i), factors[2 * i + 1]
+                if i in gains:
+                    q, bias = factors[gains[i]], self.matrices[self.updates[i].matrix].bias
+                    bases.append(out.clone())
+                    out.mul_(q)
+                    if bias is not None:
+                        out.add_(bias * (1 - q))  # where q is 1, nothing
+                    B = q[:, None] * B
+                out.addmm_(downs[i], B.to(x.dtype).T, alpha=self.updates[i].scale)
+        return ys, downs + bases
 
     def backward(
-        self, dys: Sequence[Tensor], x: Tensor, downs: Sequence[Tensor], factors: Sequence[Tensor], wants_x: bool
+        self, dys: Sequence[Tensor], x: Tensor, kept: Sequence[Tensor], factors: Sequence[Tensor], wants_x: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Gradients of x (None unless wanted) and of the factors."""
+        downs, bases = kept[: len(self.updates)], kept[len(self.updates) :]
+        grads: list[Tensor | None] = [None] * len(factors)
+        dys = self._gained(dys, downs, bases, factors, grads)
         dx: Tensor | None = None
         if wants_x:
             for matrix, dy in zip(self.matrices, dys, strict=True):
                 dx = matrix.backward(dy, dx)
-        grads: list[Tensor | None] = [None] * len(factors)
         for (start, stop), places in self._runs():
             ranks = [factors[2 * i].shape[0] for i in places]
             g = x.new_empty(stop - start, sum(ranks))
@@ -95,6 +127,31 @@ class Group:
                 grads[2 * i + 1] = torch.mm(downs[i].T, dy).T.to(factors[2 * i + 1].dtype, copy=False).mul(scale)
             self._up(x[start:stop], g, ranks, places, factors, grads, None if dx is None else dx[start:stop])
         return dx, grads
+
+    def _gained(
+        self,
+        dys: Sequence[Tensor],
+        downs: Sequence[Tensor],
+        bases: Sequence[Tensor],
+        factors: Sequence[Tensor],
+        grads: list[Tensor | None],
+    ) -> Sequence[Tensor]:
+        """The gradients of the gains; and of the outputs, as they are before them."""
+        gains = self.gains
+        if not gains:
+            return dys
+        found = list(dys)
+        for k in {self.updates[i].matrix for i in gains}:
+            found[k] = dys[k].clone()
+        for (i, place), base in zip(gains.items(), bases, strict=True):
+            update, q, B = self.updates[i], factors[place], factors[2 * i + 1]
+            dy, bias = self._part(dys, i), self.matrices[update.matrix].bias
+            dq = (dy * base).sum(0, dtype=q.dtype)
+            if bias is not None:
+                dq -= bias * dy.sum(0, dtype=q.dtype)
+            grads[place] = dq.add_((torch.mm(downs[i].T, dy).T.to(q.dtype) * B).sum(1), alpha=update.scale)
+            self._part(found, i).mul_(q)
+        return found
 
     def _runs(self) -> list[tuple[tuple[int, int], list[int]]]:
         """Updates of the same tokens together: those tokens, and the updates' places."""
@@ -177,7 +234,7 @@ class GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, wide: Group, narrow: Group, act: Activation, *factors: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        split = 2 * len(wide.updates)
+        split = wide.factors
         (gate, up), first = wide.forward(flat.to(computes_in(x)), factors[:split])
         (y,), second = narrow.forward(act.forward(gate).mul_(up), factors[split:])
         ctx.parts, ctx.shape, ctx.counts = (wide, narrow, act), x.shape, (len(factors), len(first))
@@ -192,7 +249,7 @@ class GatedMLP(torch.autograd.Function):
         gate, up = gate.to(dtype), up.to(dtype)
         factors, downs = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
         first, second = downs[: ctx.counts[1]], downs[ctx.counts[1] :]
-        split = 2 * len(wide.updates)
+        split = wide.factors
         s = act.forward(gate)
         hidden = s * up if narrow.updates else s  # only the updates' own gradients ask for it
         flat = dy.reshape(-1, dy.shape[-1]).to(dtype)

@@ -12,8 +12,8 @@ from lorica.errors import all_faults, nearest
 from lorica.train.settings import TrainSettings
 
 FIELDS = (
-    "rank", "alpha", "dropout", "targets", "scaling", "init", "lr", "epochs", "steps", "batch", "schedule", "warmup",
-    "clip", "weight_decay", "betas", "seed",
+    "rank", "alpha", "dropout", "targets", "scaling", "init", "lr", "lr_ratio", "epochs", "steps", "batch", "schedule",
+    "warmup", "clip", "weight_decay", "betas", "seed", "dora",
 )  # fmt: skip
 ALIASES = {
     "r": "rank",

@@ -2,7 +2,8 @@
 
 All masters lie in one buffer and all gradients in another. An fp32 parameter is a view of the first and its gradient
 one of the second, in which autograd accumulates, so an update is a handful of calls however many parameters there are:
-one sum over processes, one norm, one scaling, one AdamW, one zeroing. Parameters on several devices have a pair each.
+one sum over processes, one norm, one scaling, one AdamW, one zeroing. Parameters on several devices, or of several
+rates (LoRA+), have a pair each.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lorica.errors import LoricaError, all_faults
+from lorica.geometry import rate_factor
 from lorica.train.settings import TrainSettings
 
 EPS = 1e-8
@@ -40,15 +42,16 @@ class Optimizer:
         self.masters: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.complete = False  # whether every parameter has had a gradient in some process
-        devices: dict[torch.device, list[str]] = {}
+        groups: dict[tuple[torch.device, float], list[str]] = {}
         for name, parameter in self.parameters.items():
-            devices.setdefault(parameter.device, []).append(name)
-        for device, names in devices.items():
+            groups.setdefault((parameter.device, rate_factor(name, settings.lr_ratio)), []).append(name)
+        for (device, _), names in groups.items():
             self._lay_out(device, names)
         self._fill()
+        rates = [{"params": [flat], "factor": factor} for flat, (_, factor) in zip(self.flat, groups, strict=True)]
         # One fused call: hundreds of small tensors cost more in calls than in arithmetic.
         self.adamw = torch.optim.AdamW(
-            self.flat, betas=settings.betas, eps=EPS, weight_decay=settings.weight_decay, fused=True
+            rates, betas=settings.betas, eps=EPS, weight_decay=settings.weight_decay, fused=True
         )
 
     def clear(self) -> None:
@@ -86,9 +89,9 @@ class Optimizer:
         return norm
 
     def step(self, lr: float) -> None:
-        """One update at rate `lr`, from the gradients that `clip` saw."""
+        """One update at rate `lr`, B's at `settings.lr_ratio` times it, from the gradients that `clip` saw."""
         for group in self.adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         self.adamw.step()
         self._fill()
 
@@ -129,7 +132,7 @@ class Optimizer:
 
     @torch.no_grad()
     def _lay_out(self, device: torch.device, names: list[str]) -> None:
-        """Make the buffers of one device and move its parameters in."""
+        """Make a pair of buffers and move parameters of one device and one rate in."""
         sizes = [-(-self.parameters[name].numel() // ALIGN) * ALIGN for name in names]
         flat = nn.Parameter(torch.zeros(sum(sizes), dtype=torch.float32, device=device))
         flat.grad = torch.zeros_like(flat)

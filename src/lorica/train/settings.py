@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 METHOD_FIELDS = (
     "method", "rank", "alpha", "dropout", "targets", "scaling", "init", "bias", "ranks", "alphas", "modules_to_save",
-    "token_rows", "tied",
+    "token_rows", "tied", "dora",
 )  # fmt: skip
 DEFAULT_EPOCHS = 2.0
 EVALUATIONS = 10
@@ -49,6 +49,8 @@ class TrainSettings:
     """Ids of tokens whose embedding rows are trained too, with commas between."""
     tied: bool = False
     """Let the update of a tied embedding act on the output head too."""
+    dora: bool = False
+    """DoRA: train the size of each output beside its direction."""
 
     map: str = ""
     """Columns of a table: prompt=body,completion=category."""
@@ -65,6 +67,8 @@ class TrainSettings:
 
     lr: float | None = None
     """Peak learning rate. Default: 5e-4 (2000 / width)^0.775, at most 2e-3."""
+    lr_ratio: float = 1.0
+    """LoRA+: B learns at this many times the rate of A; its paper takes 16. The default rate shrinks to suit."""
     epochs: float | None = None
     """Passes over the data, fractions allowed. Default: 2, unless --steps is given."""
     steps: int | None = None
@@ -140,7 +144,10 @@ class TrainSettings:
 _POSITIVE = (lambda value: value > 0, "above 0")
 _NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
 _RULES = (
-    *((name, *_POSITIVE) for name in ("rank", "lr", "epochs", "steps", "batch", "micro", "eval_every", "sample_len")),
+    *(
+        (name, *_POSITIVE)
+        for name in ("rank", "lr", "lr_ratio", "epochs", "steps", "batch", "micro", "eval_every", "sample_len")
+    ),
     *((name, *_NOT_NEGATIVE) for name in ("clip", "weight_decay", "eval_rows", "sample", "early_stop", "save_every")),
     *(
         (name, lambda value: 0 <= value < 1, "at least 0 and below 1")

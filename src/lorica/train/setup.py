@@ -16,6 +16,7 @@ from lorica import __version__, evaluate, patch
 from lorica.adapter import Adapter
 from lorica.data import marked
 from lorica.errors import LoricaError, all_faults
+from lorica.geometry import correction
 from lorica.lowrank import LoRA
 from lorica.targets import Target, resolve
 from lorica.train import guards
@@ -79,7 +80,7 @@ def resolved(model: nn.Module, settings: TrainSettings, data: Prepared) -> Train
     if settings.lr is None:
         if (hidden := width(model)) is None:
             raise LoricaError("this model's config names no hidden_size, from which lr would follow: give an lr")
-        found["lr"] = default_lr(hidden)
+        found["lr"] = float(f"{default_lr(hidden) * _correction(model, settings):.2g}")
     if settings.steps is None and settings.epochs is None:
         found["epochs"] = DEFAULT_EPOCHS
     steps = number_of_steps(settings, len(data.train))
@@ -106,7 +107,7 @@ def facts(model: nn.Module, tok: Any, data: Prepared, settings: TrainSettings) -
         "parameters": count.total,
         "dtype": settings.dtype,
         "device": str(next(model.parameters()).device),
-        "method": settings.method,
+        "method": "dora" if settings.dora else settings.method,
         "rank": settings.rank,
         "alpha": settings.alpha,
         "scale": installed.method.scale_of(""),
@@ -146,6 +147,7 @@ def method_of(settings: TrainSettings) -> LoRA:
         modules_to_save=words(settings.modules_to_save),
         token_rows=[int(part) for part in words(settings.token_rows)],
         tied=settings.tied,
+        dora=settings.dora,
     )
 
 
@@ -171,6 +173,7 @@ def _settings_of(model: nn.Module, settings: TrainSettings) -> dict[str, Any]:
         "modules_to_save": ",".join(method.modules_to_save),
         "token_rows": ",".join(map(str, method.token_rows)),
         "tied": method.tied,
+        "dora": method.dora,
     }
 
 
@@ -197,8 +200,15 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _lr_from(model: nn.Module, settings: TrainSettings) -> str:
-    hidden = width(model)
-    return f"5e-4 (2000 / {hidden:,})^0.775" if hidden and settings.lr == default_lr(hidden) else "as given"
+    hidden, factor = width(model), _correction(model, settings)
+    if not hidden or settings.lr != float(f"{default_lr(hidden) * factor:.2g}"):
+        return "as given" + (f", B's {settings.lr_ratio:g} times that" if settings.lr_ratio != 1 else "")
+    rule = f"5e-4 (2000 / {hidden:,})^0.775"
+    return rule if factor == 1 else f"{rule} x {factor:.2g}, so that the first update is as large as plain LoRA's"
+
+
+def _correction(model: nn.Module, settings: TrainSettings) -> float:
+    return correction([], settings.lr_ratio)
 
 
 def width(model: nn.Module) -> int | None:
