@@ -227,6 +227,13 @@ def test_what_cannot_say_magnitudes_is_told_to_merge(to, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_algebra_refuses_it_by_name():
+    _, model = made("linear")
+    adapter = Adapter.of(model)
+    with pytest.raises(LoricaError, match="is DoRA, whose magnitudes"):
+        adapter + adapter
+
+
 def test_a_file_whose_magnitudes_and_config_disagree_is_refused(tmp_path):
     import json
 

@@ -202,6 +202,9 @@ def _beyond(adapters: Sequence[Adapter]) -> Iterator[str]:
             kind = type(adapter.method).__name__
             yield f"{_text(adapter)} is {kind}, which is no sum of a base and low-rank updates"
             continue
+        if adapter.method.dora:
+            yield f"{_text(adapter)} is DoRA, whose magnitudes make it no sum of low-rank updates: merge it instead"
+            continue
         known = {f"{name(target)}.{factor}" for target in adapter.targets for factor in "AB"}
         if more := [
             key for key in adapter.tensors if "#" in key and key not in known and not key.endswith(beside.ROWS)

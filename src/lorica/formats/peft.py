@@ -90,11 +90,9 @@ def read(folder: Path) -> Contents:
         if not key.startswith(PREFIX) or not tensor.is_floating_point():
             faults.append(f"unexpected  {key} ({tensor.dtype}, {tuple(tensor.shape)})")
         elif match := _TENSOR.fullmatch(name):
-            if match["rows"]:
-                tensors[f"{match['path']}#tokens.rows"] = tensor.float()
-                continue
-            if match["size"]:
-                tensors[f"{match['path']}#lora.m"] = tensor.float().flatten()
+            if match["rows"] or match["size"]:
+                beside = "tokens.rows" if match["rows"] else "lora.m"
+                tensors[f"{match['path']}#{beside}"] = tensor.float() if match["rows"] else tensor.float().flatten()
                 continue
             factor = match["embedding"] or match["linear"][-1]
             storages[match["path"]] = "embedding" if match["embedding"] else "linear"
