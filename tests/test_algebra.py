@@ -259,6 +259,10 @@ def test_values_trained_whole_take_the_base_in_where_weights_do_not_add_up_to_on
     with pytest.raises(LoricaError, match=r"which takes the base's own values: adapter.settled\(model\)"):
         both.save(tmp_path / "both")
     base = make()
+    with pytest.raises(
+        LoricaError, match=r"not the base of the adapters:\n.*tokens.rows is \[3, 32\], the model has \[0\] there"
+    ):
+        both.settled(gpt2())
     settled = both.settled(base)
     settled.save(tmp_path / "both")
     there, here, saved = make(), make(), make()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lorica.errors import all_faults
+
 if TYPE_CHECKING:
     from lorica.adapter import Adapter
 
@@ -55,11 +57,17 @@ def combined(parts: Sequence[tuple[float, Adapter]], ids: Sequence[int]) -> tupl
 
 def settled(adapter: Adapter, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapter's tensors with the shares of the base added. `base`: the base's parameters by name."""
-    tensors = dict(adapter.tensors)
+    tensors, faults = dict(adapter.tensors), []
     for key, share in adapter.shares.items():
-        value = base[key.replace(ROWS, ".weight")].detach()
-        value = value[_ids(adapter)] if key.endswith(ROWS) else value
+        value = base.get(key.replace(ROWS, ".weight"), torch.empty(0)).detach()
+        if key.endswith(ROWS) and max(_ids(adapter)) < len(value):
+            value = value[_ids(adapter)]
+        if value.shape != tensors[key].shape:
+            faults.append(f"{key} is {list(tensors[key].shape)}, the model has {list(value.shape)} there")
+            continue
         tensors[key] = tensors[key] + share * value.to("cpu", torch.float32)
+    if faults:
+        raise all_faults("this model is not the base of the adapters:", faults)
     return tensors
 
 

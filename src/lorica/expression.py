@@ -95,8 +95,8 @@ def _source(name: str, things: Mapping[str, str]) -> str:
     here = sorted(path.name for path in Path().iterdir())
     dashed = next((each for each in here if each.startswith(f"{name}-")), "")
     meant = f"; {dashed!r} is there: write it in quotes" if dashed else nearest(name, [*things, *here])
-    given = ", ".join(f"{key}={value}" for key, value in things.items()) or "none is given (NAME=PATH)"
-    raise LoricaError(f"nothing here is called {name!r}{meant}; names: {given}")
+    given = f"names: {', '.join(map('='.join, things.items()))}" if things else "no name was given, NAME=PATH"
+    raise LoricaError(f"nothing here is called {name!r}{meant} ({given})")
 
 
 class _Reader:
