@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorica import algebra, beside, formats, patch, weights
 from lorica.errors import LoricaError, all_faults
-from lorica.formats import Contents, mlx, peft
+from lorica.formats import Contents, mlx, pair
 from lorica.lowrank import LoRA
 from lorica.targets import Target, candidates
 
@@ -34,8 +35,8 @@ class Adapter:
     """An immutable set of patches and selected parameters.
 
     Attributes:
-        method: the settings; with a target's path they give its rank and scale.
-        targets: the matrices it changes.
+        method: the settings; LoRA's give a target its rank and scale.
+        targets: the matrices it changes; none of a method that finds its places itself.
         tensors: fp32 by canonical name (see `patch.trainable`).
         meta: text about it: `base_model`, `base_fingerprint`, `task_type`, `quantize` if the base was packed (`nf4`,
             `int8`), and what the trainer adds (`chat_template`, `stop_tokens`, ...).
@@ -44,7 +45,7 @@ class Adapter:
     Adapters of one base can be added, subtracted and multiplied by numbers: ``(0.7 * a + 0.3 * b).truncate(r=8)``.
     """
 
-    method: LoRA
+    method: Any  # a `patch.Method`
     targets: tuple[Target, ...]
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, str]
@@ -60,7 +61,7 @@ class Adapter:
             "base_model": getattr(config, "_name_or_path", "") or "",
             "base_fingerprint": patch.fingerprint(model),
             "task_type": next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), ""),
-            "target_modules": json.dumps(_short_names(model, paths)),
+            **({"target_modules": json.dumps(_short_names(model, paths))} if record.targets else {}),
         } | ({"quantize": packing} if (packing := patch.packing(model)) else {})
         tensors = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in record.tensors().items()}
         about = MappingProxyType(known | dict(meta or {}))
@@ -79,10 +80,10 @@ class Adapter:
         """Write it in PEFT's layout, atomically; `dtype` is `fp32`, or `bf16` or `fp16` to halve the file."""
         if silent := self.silent():
             warnings.warn(
-                f"{len(silent)} of {len(self.targets)} patches change nothing yet (a zero factor): {silent[0]} ...",
+                f"{len(silent)} of {len(self.places)} patches change nothing yet (a zero factor): {silent[0]} ...",
                 stacklevel=2,
             )
-        peft.write(Path(folder), self.contents(), dtype)
+        formats.write(Path(folder), self.contents(), dtype)
 
     def contents(self) -> Contents:
         """What a file holds of it; raises for values that are only known up to the base's."""
@@ -95,6 +96,40 @@ class Adapter:
 
     def apply(self, model: nn.Module, name: str = "default") -> list[str]:
         """Put it on a model as the active adapter. Every missing, extra or mis-shaped tensor is in one error."""
+        targets, faults = self._targets(model)
+        if self.method.takes_targets and not targets:
+            raise all_faults("this adapter is not for this model:", sorted(faults) or ["it has no targets"])
+        # Its tensors replace what an initialiser makes, and loftq's costs a second copy of the base.
+        again = isinstance(self.method, LoRA) and self.method.init == "loftq"
+        method = dataclasses.replace(self.method, init="kaiming") if again else self.method
+        patched = patch.inject(model, method, targets, name)
+        own = patch.trainable(model, name)
+        faults += [f"missing  {key}" for key in own if key not in self.tensors]
+        faults += [
+            f"shape    {key}: file {tuple(tensor.shape)}, model {tuple(own[key].shape)}"
+            for key, tensor in self.tensors.items()
+            if key in own and own[key].shape != tensor.shape
+        ]
+        base = dict(patch.base_parameters(model))
+        told = {target.path for target in self.targets} - {target.path for target in targets}
+        faults += [
+            f"extra    {key}"
+            for key, tensor in self.tensors.items()
+            if key not in own and _path(key) not in told and not _repeats(base.get(key), tensor)
+        ]
+        if faults:
+            patch.eject(model, name)
+            raise all_faults("this adapter is not for this model:", sorted(faults))
+        with torch.no_grad():
+            for key, parameter in own.items():
+                value = self.tensors[key]
+                if (share := self.shares.get(key)) is not None:
+                    value = value + share * parameter.to("cpu", torch.float32)
+                parameter.copy_(value)
+        return patched
+
+    def _targets(self, model: nn.Module) -> tuple[list[Target], list[str]]:
+        """The targets as this model has them, and what is wrong with the others."""
         layers = candidates(model)
         paths = {target.path for target in self.targets}
         faults = [f"extra    {path} is not a layer of this model" for path in paths - set(layers)]
@@ -117,42 +152,17 @@ class Adapter:
                 faults.append(f"extra    {target} is not a matrix of this model's {type(layer).__name__}")
                 continue
             targets.append(dataclasses.replace(target, **storage.facts(layer, target.part)))
-        if targets:
-            # Its tensors replace what an initialiser makes, and loftq's costs a second copy of the base.
-            method = dataclasses.replace(self.method, init="kaiming") if self.method.init == "loftq" else self.method
-            patched = patch.inject(model, method, targets, name)
-            own = patch.trainable(model, name)
-            faults += [f"missing  {key}" for key in own if key not in self.tensors]
-            faults += [
-                f"shape    {key}: file {tuple(tensor.shape)}, model {tuple(own[key].shape)}"
-                for key, tensor in self.tensors.items()
-                if key in own and own[key].shape != tensor.shape
-            ]
-            base = dict(patch.base_parameters(model))
-            faults += [
-                f"extra    {key}"
-                for key, tensor in self.tensors.items()
-                if key not in own and (_path(key) in layers or "#" not in key) and not _repeats(base.get(key), tensor)
-            ]
-        if faults or not targets:
-            if targets:
-                patch.eject(model, name)
-            raise all_faults("this adapter is not for this model:", sorted(faults) or ["it has no targets"])
-        with torch.no_grad():
-            for key, parameter in own.items():
-                value = self.tensors[key]
-                if (share := self.shares.get(key)) is not None:
-                    value = value + share * parameter.to("cpu", torch.float32)
-                parameter.copy_(value)
-        return patched
+        return targets, faults
 
     def silent(self) -> list[str]:
-        """The targets whose update is still zero, because one of their factors is."""
-        return [
-            str(target)
-            for target in self.targets
-            if not all(self.tensors[f"{target.path}#{target.part or 'lora'}.{factor}"].any() for factor in "AB")
-        ]
+        """The places where it still changes nothing, because a factor is zero."""
+        return self.method.silent(self.targets, self.tensors)
+
+    @property
+    def places(self) -> list[str]:
+        """Where it has patches: its targets, or the layers that a method found by itself."""
+        found = dict.fromkeys(key.split("#")[0] for key in self.tensors if "#" in key)
+        return [str(target) for target in self.targets] or list(found)
 
     def __add__(self, other: Adapter) -> Adapter:
         return Adapter(*algebra.combined([(1.0, self), (1.0, other)])) if isinstance(other, Adapter) else NotImplemented
@@ -207,13 +217,18 @@ class Adapter:
     @property
     def sha256(self) -> str:
         """Hex digest of what the adapter does: its scales and tensors, not where it came from."""
-        scales = sorted((str(target), self.method.scale_of(target.key)) for target in self.targets)
-        digest = hashlib.sha256(json.dumps(scales).encode())
+        digest = hashlib.sha256(json.dumps(self._beside()).encode())
         shares = {f"{key} base": share for key, share in self.shares.items()}
         for key, tensor in sorted({**self.tensors, **shares}.items()):
             digest.update(f"{key} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def _beside(self) -> list[Any]:
+        """What its function depends on beside the tensors."""
+        if isinstance(self.method, LoRA):
+            return sorted((str(target), self.method.scale_of(target.key)) for target in self.targets)
+        return [self.method.name, dataclasses.asdict(self.method)]
 
 
 def _path(key: str) -> str:
@@ -236,7 +251,7 @@ def _from_hub(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=[peft.CONFIG, peft.TENSORS, mlx.TENSORS]))
+        return Path(snapshot_download(source, allow_patterns=[pair.CONFIG, pair.TENSORS, mlx.TENSORS]))
     except Exception as fault:
         raise LoricaError(
             f"there is no adapter folder {source!r} here, and it could not be had from the hub either: "

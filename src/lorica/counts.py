@@ -18,7 +18,7 @@ import copy
 import functools
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
 from importlib import resources
@@ -35,9 +35,10 @@ from transformers import (
     RobertaConfig,
 )
 
-from lorica import patch, targets
+from lorica import patch
 from lorica.errors import LoricaError
 from lorica.lowrank import LoRA
+from lorica.methods.selections import BitFit, Full, Top
 from lorica.plan import GPT3, config_of
 
 UNITS = {"M": 10**6, "B": 10**9}
@@ -152,46 +153,18 @@ def formula(row: Row) -> int:
 
 
 def counted(model: nn.Module, method: patch.Method, spec: str = "all-linear") -> int:
-    """What a method trains on a model of the meta device; the model is then as before.
-
-    Its patches are injected. What it selects is counted where it lies: a copy of a parameter is not made of nothing.
-    """
+    """What a method trains on a model of the meta device, where it is injected; the model is then as before."""
     with torch.device("meta"):
-        chosen = targets.resolve(model, spec)
-        base = dict(patch.base_parameters(model))
-        selected = {id(base[name]): base[name].numel() for name in method.selects(model, chosen)}
-        if not any(True for _ in method.patches(model, chosen)):
-            return sum(selected.values())
-        patch.inject(model, _Patches(method), spec)
+        patch.inject(model, method, spec)
         found = patch.count(model).trainable
         patch.eject(model)
-        return found + sum(selected.values())
+    return found
 
 
-@dataclass(frozen=True)
-class _Patches:
-    """A method without what it selects."""
-
-    method: patch.Method
-
-    def patches(self, model: nn.Module, targets: Sequence[Any]) -> Iterable[tuple[str, str, nn.Module]]:
-        return self.method.patches(model, targets)
-
-    def selects(self, model: nn.Module, targets: Sequence[Any]) -> Iterable[str]:
-        return ()
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The method that trains the parameters whose whole name matches a regex."""
-
-    pattern: str
-
-    def patches(self, model: nn.Module, targets: Sequence[Any]) -> Iterable[tuple[str, str, nn.Module]]:
-        return ()
-
-    def selects(self, model: nn.Module, targets: Sequence[Any]) -> Iterable[str]:
-        return [name for name, _ in patch.base_parameters(model) if re.fullmatch(self.pattern, name)]
+def _lying(model: nn.Module, pattern: str) -> int:
+    """The number of parameters whose whole name matches a regex."""
+    found = {id(each): each.numel() for name, each in patch.base_parameters(model) if re.fullmatch(pattern, name)}
+    return sum(found.values())
 
 
 def _lora(model: Any, row: Row) -> int:
@@ -199,22 +172,13 @@ def _lora(model: Any, row: Row) -> int:
     return counted(model, LoRA(r=row.r), ",".join(names[each] for each in row.on.split(",")))
 
 
-def _head(model: Any, row: Row) -> int:
-    return counted(model, Selection(f"{_HEAD}.*"))
-
-
-def _top2(model: Any, row: Row) -> int:
-    depth = model.config.num_hidden_layers
-    return counted(model, Selection(rf"transformer\.h\.({depth - 2}|{depth - 1})\..*"))
-
-
 # How the rows of a method are counted. A method without an entry is "by formula" in the table.
 COUNTERS: dict[str, Callable[[Any, Row], int]] = {
-    "full": lambda model, row: counted(model, Selection(f"(?!{_HEAD}).*")),
-    "top2": _top2,
-    "bitfit": lambda model, row: counted(model, Selection(rf"(?!{_HEAD})(.*\.)?bias")),
+    "full": lambda model, row: counted(model, Full()) - _lying(model, f"{_HEAD}.*"),
+    "top2": lambda model, row: counted(model, Top()),
+    "bitfit": lambda model, row: counted(model, BitFit()) - _lying(model, f"{_HEAD}.*bias"),
     "lora": _lora,
-    "lora+head": lambda model, row: _lora(model, row) + _head(model, row),
+    "lora+head": lambda model, row: _lora(model, row) + _lying(model, f"{_HEAD}.*"),
 }
 
 

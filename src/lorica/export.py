@@ -20,6 +20,7 @@ from lorica.errors import LoricaError, all_faults
 from lorica.files import sync
 from lorica.formats import Contents, engines, gguf, loralib, mlx, peft
 from lorica.formats.updates import Difference, differences
+from lorica.lowrank import LoRA
 from lorica.models import BUILTIN
 from lorica.models.builtin import place
 from lorica.plan import config_of
@@ -64,6 +65,10 @@ def export(adapter: Adapter, to: str, out: str | Path, dtype: str = "fp32", base
     out = Path(out)
     if to not in FORMATS:
         raise LoricaError(f"{to!r} is no format: {', '.join(FORMATS)}")
+    if not isinstance(adapter.method, LoRA):
+        other = f", since {adapter.method.unmergeable}" if adapter.method.unmergeable else f": lorica merge X -o {out}"
+        merged = "it cannot be merged either" if adapter.method.unmergeable else "the merged model is for them"
+        raise LoricaError(f"no other program knows {adapter.method.name}; {merged}{other}")
     if to in _FILES and out.suffix != _FILES[to]:
         out = out.with_name(out.name + _FILES[to])  # by which it is told what it is
     if out.exists():

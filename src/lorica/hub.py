@@ -25,7 +25,7 @@ from lorica import inspect
 from lorica.adapter import Adapter
 from lorica.errors import LoricaError, all_faults
 from lorica.files import folder_atomic, sha256, write_atomic
-from lorica.formats import peft
+from lorica.formats import pair
 from lorica.formats.card import hub_card
 from lorica.models import BUILTIN
 from lorica.train import folder as runs
@@ -152,7 +152,7 @@ def _source(path: Path) -> _Source:
     if not path.is_dir():
         raise LoricaError(f"there is no folder {path} here; push takes a run or an adapter folder")
     choices = [path / name for name in ("", "best", "last")]
-    adapter = next((choice for choice in choices if (choice / peft.CONFIG).is_file()), None)
+    adapter = next((choice for choice in choices if (choice / pair.CONFIG).is_file()), None)
     if adapter is None:
         what = "a whole model, and push is for adapters" if (path / "config.json").is_file() else "neither"
         raise LoricaError(f"push takes a run or an adapter folder; {path} is {what}")
@@ -215,9 +215,11 @@ def _facts(place: Path, source: _Source, adapter: Adapter, about: dict[str, str]
         "repo": about["repo"],
         "model": about["model"],
         "license": about["license"],
-        "method": told.get("method") or found["method"],
-        "rank": max(found["ranks"], default=0),
-        "scales": found["scales"],
+        "method": found["method"],
+        "detail": found.get("detail", ""),
+        "unmergeable": found.get("unmergeable", ""),
+        "rank": max(found.get("ranks", ()), default=0),
+        "scales": found.get("scales", []),
         "targets_found": found["targets"],
         "trainable": found["parameters"],
         "task": adapter.meta.get("task_type", ""),
@@ -234,12 +236,12 @@ def _is_measured(source: _Source) -> bool:
 
 
 def _layout(folder: Path) -> str:
-    return json.loads((folder / peft.CONFIG).read_text(encoding="utf-8")).get("peft_type", "")
+    return json.loads((folder / pair.CONFIG).read_text(encoding="utf-8")).get("peft_type", "")
 
 
 def _dtype(folder: Path) -> str:
     """The number format that the adapter's file is in; fp32 where it has several."""
-    path = folder / peft.TENSORS
+    path = folder / pair.TENSORS
     if not path.is_file():
         return "fp32"
     with safe_open(path, framework="pt") as file:

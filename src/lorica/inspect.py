@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from lorica import formats, models, patch, targets, weights
+from lorica import formats, methods, models, patch, targets, weights
 from lorica.adapter import Adapter
 from lorica.errors import LoricaError
-from lorica.formats import engines, peft
+from lorica.formats import engines, pair
+from lorica.lowrank import LoRA
 
 
 def inspect(thing: str | Path, norms: bool = False) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def inspect(thing: str | Path, norms: bool = False) -> dict[str, Any]:
     path = Path(thing).expanduser()
     if str(thing) not in models.BUILTIN and path.is_dir():
         # First: an adapter from a hub has the settings of its run beside it.
-        if (path / peft.CONFIG).is_file():
+        if (path / pair.CONFIG).is_file():
             return _adapter(path, norms)
         if (path / "run.toml").is_file():
             return _run(path, norms)
@@ -55,18 +56,12 @@ def _model(thing: str | Path) -> dict[str, Any]:
 
 def _adapter(folder: Path, norms: bool) -> dict[str, Any]:
     adapter = Adapter.load(folder)
-    method = adapter.method
-    ranks = sorted({method.rank_of(target.key) for target in adapter.targets})
-    scales = sorted({round(method.scale_of(target.key), 6) for target in adapter.targets})
     found = {
         "kind": "adapter",
         "path": str(folder),
         "base": adapter.meta.get("base_model", ""),
-        "method": "dora" if method.dora else "lora",
-        "ranks": ranks,
-        "alpha": method.alpha,
-        "scales": scales,
-        "targets": targets.names(str(target) for target in adapter.targets),
+        **_method(adapter),
+        "targets": targets.names(adapter.places) if adapter.places else "",
         "parameters": sum(tensor.numel() for tensor in adapter.tensors.values()),
         "file_bytes": _bytes(folder),
         "beside": sorted(key for key in adapter.tensors if "#" not in key or "#tokens" in key),
@@ -77,11 +72,29 @@ def _adapter(folder: Path, norms: bool) -> dict[str, Any]:
     return found | ({"norms": _norms(adapter)} if norms else {})
 
 
+def _method(adapter: Adapter) -> dict[str, Any]:
+    """The method and its settings; `ranks`, `alpha` and `scales` are LoRA's."""
+    method = adapter.method
+    if not isinstance(method, LoRA):
+        return {"method": method.name, "detail": methods.in_words(method), "unmergeable": method.unmergeable}
+    return {
+        "method": "dora" if method.dora else "lora",
+        "ranks": _ranks(adapter),
+        "alpha": method.alpha,
+        "scales": sorted({round(method.scale_of(target.key), 6) for target in adapter.targets}),
+    }
+
+
+def _ranks(adapter: Adapter) -> list[int]:
+    method = adapter.method
+    return sorted({method.rank_of(target.key) for target in adapter.targets}) if isinstance(method, LoRA) else []
+
+
 def _run(folder: Path, norms: bool) -> dict[str, Any]:
     import tomllib
 
     settings = tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))
-    best = next((folder / name for name in ("best", "last") if (folder / name / peft.CONFIG).is_file()), None)
+    best = next((folder / name for name in ("best", "last") if (folder / name / pair.CONFIG).is_file()), None)
     end: dict[str, Any] = {}
     metrics = folder / "metrics.jsonl"
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
@@ -115,10 +128,11 @@ def _row(folder: Path, root: Path) -> dict[str, Any]:
         "name": name,
         "loads": True,
         "base": adapter.meta.get("base_model", ""),
-        "ranks": sorted({adapter.method.rank_of(target.key) for target in adapter.targets}),
-        "targets": targets.names(str(target) for target in adapter.targets),
+        "method": adapter.method.name,
+        "ranks": _ranks(adapter),
+        "targets": targets.names(adapter.places) if adapter.places else "",
         "bytes": _bytes(folder),
-        "fault": f"{len(dead)} of {len(adapter.targets)} patches are zero" if dead else "",
+        "fault": f"{len(dead)} of {len(adapter.places)} patches are zero" if dead else "",
     }
 
 
@@ -152,6 +166,9 @@ def _norms(adapter: Adapter) -> dict[str, Any]:
 def _vllm(adapter: Adapter, folder: Path) -> dict[str, str]:
     """The line that serves it with vLLM, or why vLLM would refuse it or read it wrongly."""
     method = adapter.method
+    if not isinstance(method, LoRA):
+        merged = f"it cannot be merged either, since {method.unmergeable}" if method.unmergeable else "merge it"
+        return {"refused": f"vLLM knows no {method.name}; {merged}"}
     against = [
         reason
         for reason, holds in {
@@ -167,7 +184,7 @@ def _vllm(adapter: Adapter, folder: Path) -> dict[str, str]:
         against = [f"it takes PEFT's layout: lorica convert {folder} --to vllm"]
     if against:
         return {"refused": "; ".join(against)}
-    named = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8")).get("r", method.r)
+    named = json.loads((folder / pair.CONFIG).read_text(encoding="utf-8")).get("r", method.r)
     room = next((rank for rank in engines.VLLM_RANKS if rank >= named), named)
     name = re.sub(r"\W+", "-", (folder.parent if folder.name in ("best", "last") else folder).resolve().name)
     base = adapter.meta.get("base_model") or "BASE"

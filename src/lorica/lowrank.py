@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -215,6 +215,9 @@ class LoRA:
     token_rows: Sequence[int] = ()
     tied: bool = False
     dora: bool = False
+    name: ClassVar[str] = "lora"
+    takes_targets: ClassVar[bool] = True
+    unmergeable: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         # Equal settings are to be equal values, however they were spelled.
@@ -304,6 +307,14 @@ class LoRA:
                 raise all_faults(f"{wanted!r} is trained whole and is a target too:", fixes)
             chosen.update(dict.fromkeys(found))
         return list(chosen)
+
+    def silent(self, targets: Sequence[Target], tensors: Mapping[str, Tensor]) -> list[str]:
+        """The targets whose update is still zero, because one of their factors is."""
+        return [
+            str(target)
+            for target in targets
+            if not all(tensors[f"{target.path}#{target.part or 'lora'}.{factor}"].any() for factor in "AB")
+        ]
 
     def _unfit(self, target: Target) -> str | None:
         return weights.unfit(target, self.rank_of(target.key), self.dropout) or (

@@ -32,7 +32,7 @@ class MergeReport:
     """What a merge did.
 
     Attributes:
-        layers: merged layers.
+        layers: merged layers, those whose own parameters were trained among them.
         kept_bytes: memory that keeping the replaced weights costs, the price of an exact `unmerge`.
         untied_bytes: size that the model gained because one side of a tied matrix changed.
         unpacked: layers that were packed (nf4, int8) and are ordinary ones now, in the number format of the rest.
@@ -78,7 +78,8 @@ def merge(
     set_active(model, state, None)
     state.merged = name
     difference, same_top = _compare(before, _outputs(model, probe))
-    layers = len({path for path, _ in state.adapters[name].patches})
+    own = state.adapters[name]
+    layers = len({path for path, _ in own.patches} | {key.rpartition(".")[0] for key in own.selected})
     if not keep:
         remove(model, state, name)
         forget(model, state)
@@ -96,6 +97,9 @@ def unmerge(model: nn.Module) -> None:
 
 
 def _refuse_unmergeable(model: nn.Module, state: State, name: str) -> None:
+    method = state.adapters[name].method
+    if method.unmergeable:
+        raise LoricaError(f"{method.name} cannot be merged, since {method.unmergeable}; the adapter works unmerged")
     reasons = {path: weights.unmergeable(model.get_submodule(path)) for path, _ in state.adapters[name].patches}
     if faults := [f"{path}: {reason}" for path, reason in reasons.items() if reason]:
         raise all_faults("these layers cannot be merged (the adapter works unmerged):", faults)

@@ -17,11 +17,11 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorica import weights
 from lorica.errors import LoricaError, all_faults
@@ -65,13 +65,26 @@ __all__ = [
 
 
 class Method(Protocol):
-    """A recipe: what it puts beside the layers, and which of the model's own parameters it trains."""
+    """A recipe: what it puts beside the layers, and which of the model's own parameters it trains.
+
+    Its settings are a frozen dataclass; `lorica.methods` lists the recipes that there are.
+    """
+
+    name: ClassVar[str]
+    takes_targets: ClassVar[bool]  # whether it touches what targets name, or finds its places itself
+
+    @property
+    def unmergeable(self) -> str:
+        """Why it cannot be folded into the weights; empty where it can."""
 
     def patches(self, model: nn.Module, targets: Sequence[Target]) -> Iterable[tuple[str, str, nn.Module]]:
         """``(path, part, patch)``: several parts at one layer act one after the other."""
 
     def selects(self, model: nn.Module, targets: Sequence[Target]) -> Iterable[str]:
         """Names of parameters."""
+
+    def silent(self, targets: Sequence[Target], tensors: Mapping[str, Tensor]) -> list[str]:
+        """The places where an adapter of this method, with these tensors, still changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +105,8 @@ def inject(
 ) -> list[str]:
     """Put a method's patches on a model under an adapter name, make it the active one and freeze all else.
 
-    Returns the targets patched, in the model's order. Raises with every target that does not fit; the model is then
-    untouched. The model's train or eval mode stays.
+    Returns the targets patched, in the model's order, or the layers that a method patches by itself. Raises with every
+    target that does not fit; the model is then untouched. The model's train or eval mode stays.
     """
     state = state_of(model) or State()
     if name in state.adapters:
@@ -103,11 +116,13 @@ def inject(
     if state.merged:
         raise LoricaError(f"adapter {state.merged!r} is merged; unmerge it before another is injected")
     weights.keep_packing(model)
-    chosen = resolve(model, targets)
+    if not method.takes_targets and targets not in ("all-linear", []):
+        raise LoricaError(f"{method.name} finds its places itself and takes no targets, but {targets!r} is given")
+    chosen = resolve(model, targets) if method.takes_targets else []
     made = list(method.patches(model, chosen))
     selected = _copies(model, method.selects(model, chosen))
     if not made and not selected:
-        raise LoricaError(f"{type(method).__name__} selects nothing on this model, so there would be nothing to train")
+        raise LoricaError(f"{method.name} selects nothing on this model, so there would be nothing to train")
     if not state.adapters:
         state.trained = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         model._lorica = state  # type: ignore[assignment]
@@ -119,7 +134,7 @@ def inject(
     state.adapters[name] = Installed(method, chosen, patches, selected)
     hide_from_save_pretrained(model)
     select(model, name)
-    return [str(target) for target in chosen]
+    return [str(target) for target in chosen] or list(dict.fromkeys(path for path, _ in patches))
 
 
 def eject(model: nn.Module, name: str | None = None) -> None:
@@ -213,10 +228,11 @@ def packing(model: nn.Module) -> str:
 def _copies(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     """A trainable copy for each name; names that are one tied parameter share theirs."""
     base, names = dict(base_parameters(model)), list(names)
+    away = {name for name in names if weights.offloaded(model.get_submodule(name.rpartition(".")[0]))}
     faults = [
-        f"{name} is {'offloaded' if base[name].is_meta else 'packed as ' + weights.format_of(base[name])}"
+        f"{name} is {'offloaded' if name in away else 'packed as ' + weights.format_of(base[name])}"
         for name in names
-        if base[name].is_meta or not base[name].is_floating_point()
+        if name in away or not base[name].is_floating_point()
     ]
     if faults:
         raise all_faults("these parameters cannot be trained whole, only the layers patched:", faults)

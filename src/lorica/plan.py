@@ -88,7 +88,7 @@ class Work:
     """What is to be trained, as far as memory and time go.
 
     Attributes:
-        method: the adapter, or None for full fine-tuning.
+        method: what is trained, or None for full fine-tuning in place, without lorica's copy of the weights.
         targets: what it is put on.
         dtype: of the base, a key of `DTYPES`.
         quantize: none, nf4 or int8.
@@ -99,7 +99,7 @@ class Work:
         micro: most examples of a pack.
     """
 
-    method: LoRA | None = field(default_factory=LoRA)
+    method: patch.Method | None = field(default_factory=LoRA)
     targets: str = "all-linear"
     dtype: str = "fp32"
     quantize: str = "none"
@@ -194,7 +194,7 @@ def advice(config: PretrainedConfig, work: Work, available: int, process: int | 
     return found
 
 
-def work_of(config: PretrainedConfig, settings: Any, examples: Sequence[Example], method: LoRA) -> Work:
+def work_of(config: PretrainedConfig, settings: Any, examples: Sequence[Example], method: patch.Method) -> Work:
     """The work of a training with these settings on these examples: an update of its longest rows."""
     drawn = sorted(examples, key=lambda example: -len(example.ids))[: settings.batch]
     tokens = sum(len(example.ids) for example in drawn)

@@ -280,8 +280,8 @@ def lost(model: nn.Module, whole: nn.Module, path: str) -> Tensor:
 
 
 def device(layer: nn.Module) -> torch.device:
-    """Where a layer computes. Weights that accelerate offloads are elsewhere between its calls."""
-    weight = next(each for each in layer._parameters.values() if each is not None)
+    """Where a layer, or a module of layers, computes. What accelerate offloads is elsewhere between its calls."""
+    weight = next(layer.parameters())
     there = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     return torch.device(there) if weight.is_meta and there is not None else weight.device
 

@@ -78,7 +78,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
             seed=settings.seed,
         )
         made = _made(settings, opened, job)
-        if not settings.unmerged and opened.adapter is not None:
+        if _merges(settings, opened):
             patch.merge(opened.model, keep=False, check=False)
 
         def shown(done: int, total: int) -> None:
@@ -148,6 +148,11 @@ def _columns(settings: Settings) -> dict[str, str | None]:
     return {name: value or None for name, value in given.items()}
 
 
+def _merges(settings: Settings, opened: Opened) -> bool:
+    """Whether the answers come from merged weights: what cannot be merged answers as it is."""
+    return not settings.unmerged and opened.adapter is not None and not opened.adapter.method.unmergeable
+
+
 def _made(settings: Settings, opened: Opened, job: Answering) -> dict[str, Any]:
     """All that the answers depend on."""
     from lorica import patch
@@ -158,7 +163,7 @@ def _made(settings: Settings, opened: Opened, job: Answering) -> dict[str, Any]:
         "model": opened.base,
         "model_fingerprint": patch.fingerprint(opened.model),
         "adapter_sha256": opened.adapter.sha256 if opened.adapter else None,
-        "merged": not settings.unmerged and opened.adapter is not None,
+        "merged": _merges(settings, opened),
         "dtype": str(opened.model.dtype).removeprefix("torch."),
         **{name: getattr(job, name) for name in ("column", "max_new", "temperature", "seed")},
         # Drawn tokens follow the batch. The likeliest do not, so that a run out of memory may go on with a smaller one.

@@ -43,7 +43,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
     from lorica import plan
     from lorica.cli.terminal import size, table
     from lorica.models import machine
-    from lorica.train.setup import method_of
+    from lorica.train.recipe import in_words, method_of
 
     config = plan.config_of(settings.model)
     method = method_of(settings)
@@ -51,7 +51,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
     available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     found, fits = plan.fitting(config, work, available)
     work = dataclasses.replace(work, checkpointing=found.checkpointing)
-    every = {f"{settings.method} r {settings.rank}, {settings.targets}, {work.dtype}": work} | _others(work)
+    every = {f"{settings.method} {in_words(method, settings.targets)}, {work.dtype}": work} | _others(work)
     rows = {name: plan.predict(config, each, peak=machine.gemm_peak(each.dtype)) for name, each in every.items()}
     found = next(iter(rows.values()))
     changes = [] if fits else plan.advice(config, work, available)

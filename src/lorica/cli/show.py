@@ -45,9 +45,9 @@ def _model(found: dict[str, Any]) -> None:
 def _adapter(found: dict[str, Any], next_line: bool = True) -> None:
     from lorica.cli.terminal import say, size
 
-    ranks, scales = _several(found["ranks"]), _several(found["scales"])
-    say(f"adapter    lora, r {ranks}, alpha {found['alpha']:g} (x{scales})   on {found['base'] or 'an unnamed base'}")
-    say(f"targets    {found['targets']}")
+    say(f"adapter    {_method(found)}   on {found['base'] or 'an unnamed base'}")
+    if found["targets"]:
+        say(f"targets    {found['targets']}")
     if found["beside"]:
         shown = found["beside"][:3]
         say(f"beside     {', '.join(shown)}{' ...' if len(found['beside']) > 3 else ''}")
@@ -59,7 +59,15 @@ def _adapter(found: dict[str, Any], next_line: bool = True) -> None:
     vllm = found["vllm"]
     say(f"serve it   {vllm['line'] if 'line' in vllm else 'not with vLLM: ' + vllm['refused']}")
     if next_line:
-        say(f"next:  lorica chat {found['path']}      lorica merge {found['path']} -o merged")
+        merge = "" if found.get("unmergeable") else f"      lorica merge {found['path']} -o merged"
+        say(f"next:  lorica chat {found['path']}{merge}")
+
+
+def _method(found: dict[str, Any]) -> str:
+    if "ranks" not in found:
+        return f"{found['method']}: {found['detail']}"
+    ranks, scales = _several(found["ranks"]), _several(found["scales"])
+    return f"{found['method']}, r {ranks}, alpha {found['alpha']:g} (x{scales})"
 
 
 def _run(found: dict[str, Any]) -> None:
@@ -85,12 +93,20 @@ def _folder(found: dict[str, Any]) -> None:
     from lorica.cli.terminal import say, size, table
 
     rows = [
-        [row["name"], "yes", row["base"] or "-", _several(row["ranks"]), size(row["bytes"]), row["fault"] or "-"]
+        [
+            row["name"],
+            "yes",
+            row["base"] or "-",
+            row["method"],
+            _several(row["ranks"]) if row["ranks"] else "-",
+            size(row["bytes"]),
+            row["fault"] or "-",
+        ]
         if row["loads"]
-        else [row["name"], "no", "-", "-", "-", " ".join(row["fault"].split())]
+        else [row["name"], "no", "-", "-", "-", "-", " ".join(row["fault"].split())]
         for row in found["adapters"]
     ]
-    table(["adapter", "loads", "base", "r", "size", "faults"], rows)
+    table(["adapter", "loads", "base", "method", "r", "size", "faults"], rows)
     say(f"next:  lorica show {found['path']}/{found['adapters'][0]['name']}")
 
 

@@ -185,9 +185,9 @@ class _Board:
             self._line(f"data    {Path(event['data']).name or 'examples'}   {event['train']:,} train, {held}")
             self._line(f"out     {Path(event['run']).parent}")
         self.steps[member] = event["steps"]
-        scale = f"r {event['rank']}, alpha {event['alpha']:g} (x{event['scale']:g}), {event['targets']}"
         rate = f"lr {event['lr']:g} {event['schedule']}"
-        self._line(f"        {member}   {scale}, {number(event['trainable'])}   {rate}   {event['steps']:,} steps")
+        what = f"{event['detail']}, {number(event['trainable'])}"
+        self._line(f"        {member}   {what}   {rate}   {event['steps']:,} steps")
 
     def _step(self, member: str, event: Mapping[str, Any]) -> None:
         self.done += 1

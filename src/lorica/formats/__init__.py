@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ class Contents(NamedTuple):
     value that algebra made, `shares` say how many times the base's own is to be added (see `beside`); no file has any.
     """
 
-    method: LoRA
+    method: Any  # a `patch.Method`; what only LoRA has is read where a format refused all others
     targets: tuple[Target, ...]
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, str]
@@ -29,18 +29,18 @@ class Contents(NamedTuple):
 
 
 def recognise(path: Path) -> str | None:
-    """Which layout lies at `path`: `peft`, `mlx`, `gguf` or `loralib`; None if none of them, as for a model.
+    """Which layout lies at `path`: `peft`, `own`, `mlx`, `gguf` or `loralib`; None if none of them, as for a model.
 
     A folder with one GGUF adapter in it counts as that file (`find`). Only names and headers are read. A pickle is
     none of them, whatever it holds.
     """
-    from lorica.formats import loralib, mlx, peft
+    from lorica.formats import loralib, mlx, own, pair
 
     if path.is_dir():
-        if (path / mlx.TENSORS).is_file() and not (path / peft.TENSORS).is_file():
+        if (path / mlx.TENSORS).is_file() and not (path / pair.TENSORS).is_file():
             return "mlx"
-        if (path / peft.CONFIG).is_file():
-            return "peft"
+        if (path / pair.CONFIG).is_file():
+            return "own" if own.is_ours(path) else "peft"
         return "gguf" if find(path) != path else None
     if path.suffix == ".gguf" and path.is_file():
         return "gguf" if _is_adapter(path) else None
@@ -63,13 +63,15 @@ def _is_adapter(path: Path) -> bool:
 
 def read(path: Path) -> Contents:
     """Read an adapter in whatever layout it is; what needs facts that are not in the file says which."""
-    from lorica.formats import loralib, mlx, peft
+    from lorica.formats import loralib, mlx, own, peft
 
     kind = recognise(path)
     if kind == "gguf":
         from lorica.formats import gguf
 
         return gguf.read(find(path))
+    if kind == "own":
+        return own.read(path)
     if kind == "mlx":
         return mlx.read(path)
     if kind == "loralib":
@@ -79,3 +81,10 @@ def read(path: Path) -> Contents:
             raise LoricaError(loralib.pickle_refused(path))
         raise LoricaError(f"{path} is no adapter that is known: PEFT, loralib, GGUF (llama.cpp) and mlx-lm are")
     return peft.read(path)
+
+
+def write(folder: Path, contents: Contents, dtype: str = "fp32") -> None:
+    """Write an adapter in the native layout: PEFT's own for LoRA, the same two files for what PEFT has no type for."""
+    from lorica.formats import own, peft
+
+    (peft if type(contents.method) is LoRA else own).write(folder, contents, dtype)

@@ -13,6 +13,8 @@ from typing import Any
 
 # vLLM takes only these as --max-lora-rank.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Methods whose adapters are in PEFT's own layout.
+_OF_PEFT = ("lora", "dora")
 # What model hubs call the task of a model, by what PEFT calls it.
 _PIPELINES = {
     "CAUSAL_LM": "text-generation",
@@ -32,7 +34,7 @@ def card(facts: Mapping[str, Any]) -> str:
         _head("" if Path(base).is_absolute() else base),
         f"# {facts['run']}",
         f"A {_kind(facts)} adapter for `{base}`, trained with lorica. `best/` is the adapter of the lowest held-out"
-        f" loss (update {facts['best_step']:,}), `last/` the newest; both are in PEFT's layout.",
+        f" loss (update {facts['best_step']:,}), `last/` the newest; both are in {_layout(facts)}.",
         "## Results\n\n" + _results(facts),
         "![loss while training](curve.png)" if facts.get("curve") else "",
         "## Data\n\n" + _data(facts),
@@ -98,7 +100,13 @@ def _yaml(text: str) -> str:
 
 
 def _kind(facts: Mapping[str, Any]) -> str:
-    return {"lora": "LoRA", "dora": "DoRA"}.get(facts["method"], facts["method"])
+    return {"lora": "LoRA", "dora": "DoRA"}.get(facts["method"], f"`{facts['method']}`")
+
+
+def _layout(facts: Mapping[str, Any]) -> str:
+    if facts["method"] in _OF_PEFT:
+        return "PEFT's layout"
+    return "the two files of PEFT's layout, marked as a method that PEFT does not know: lorica reads them"
 
 
 def _results(facts: Mapping[str, Any]) -> str:
@@ -118,8 +126,7 @@ def _data(facts: Mapping[str, Any]) -> str:
 
 def _settings(facts: Mapping[str, Any]) -> str:
     rows = {
-        "method": f"{facts['method']}, rank {facts['rank']}, alpha {facts['alpha']:g} (scale {facts['scale']:g})",
-        "targets": f"{facts['targets']} ({facts['layers']:,} matrices)",
+        **_method(facts),
         "trained parameters": f"{facts['trainable']:,} ({facts['share']:.2%} of {facts['parameters']:,})",
         "updates": f"{facts['steps']:,} of {facts['batch']:,} examples",
         "learning rate": f"{facts['lr']:g}, {facts['schedule']}",
@@ -129,10 +136,20 @@ def _settings(facts: Mapping[str, Any]) -> str:
     return _table(("", ""), list(rows.items()))
 
 
+def _method(facts: Mapping[str, Any]) -> dict[str, str]:
+    if facts["method"] not in _OF_PEFT:
+        return {"method": f"{facts['method']}: {facts['detail']}", "places": f"{facts['layers']:,}"}
+    return {
+        "method": f"{facts['method']}, rank {facts['rank']}, alpha {facts['alpha']:g} (scale {facts['scale']:g})",
+        "targets": f"{facts['targets']} ({facts['layers']:,} matrices)",
+    }
+
+
 def _settings_of_adapter(facts: Mapping[str, Any]) -> str:
     scales = ", ".join(f"{scale:g}" for scale in facts["scales"])
+    own = f"{facts['method']}: {facts['detail']}"
     rows = {
-        "method": f"{facts['method']}, rank {facts['rank']} at most, scale {scales}",
+        "method": f"{facts['method']}, rank {facts['rank']} at most, scale {scales}" if facts["rank"] else own,
         "targets": facts["targets_found"],
         "trained parameters": f"{facts['trainable']:,}",
     }
@@ -145,8 +162,10 @@ def _table(head: tuple[str, str], rows: Sequence[tuple[str, Any]]) -> str:
 
 
 def _use(facts: Mapping[str, Any], adapter: str, thing: str) -> str:
-    """How to load it; `adapter` is in PEFT's layout, `thing` what lorica's commands take."""
+    """How to load it; `adapter` is its folder, `thing` what lorica's commands take."""
     base = facts["model"]
+    if facts["method"] not in _OF_PEFT:
+        return "\n\n".join([_lorica(base, adapter, thing), _elsewhere(facts, thing)])
     parts = [_lorica(base, adapter, thing), _peft(base, adapter), _merged(thing)]
     if facts["method"] == "dora":
         parts.append(_only_merged("they know no DoRA"))
@@ -159,8 +178,17 @@ def _only_merged(why: str) -> str:
     return f"vLLM, llama.cpp and Ollama take the merged model only: {why}."
 
 
+def _elsewhere(facts: Mapping[str, Any], thing: str) -> str:
+    """What other programs can do with a method of which only lorica knows."""
+    if facts["unmergeable"]:
+        return f"Other programs cannot use it: it cannot be merged, since {facts['unmergeable']}."
+    return f"{_merged(thing)}\n\n{_only_merged(f'they know no {facts["method"]}')}"
+
+
 def _hub_use(facts: Mapping[str, Any]) -> str:
     base, repo, rank = facts["model"], facts["repo"], facts["rank"]
+    if facts["method"] not in _OF_PEFT:
+        return _use(facts, repo, repo)
     parts = [_lorica(base, repo, repo)]
     if facts["layout"] == "LORA":
         parts.append(_peft(base, repo))

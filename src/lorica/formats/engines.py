@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lorica.errors import LoricaError
 from lorica.files import write_atomic
-from lorica.formats import Contents, peft
+from lorica.formats import Contents, pair, peft
 from lorica.formats.updates import contents_of, one_rank, updates
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
@@ -32,7 +32,7 @@ def write(folder: Path, contents: Contents, dtype: str = "fp32") -> list[str]:
 
 def room(folder: Path) -> int:
     """The smallest --max-lora-rank that holds the adapter in a folder that `write` made."""
-    rank = json.loads((folder / peft.CONFIG).read_text())["r"]
+    rank = json.loads((folder / pair.CONFIG).read_text())["r"]
     return next(allowed for allowed in VLLM_RANKS if allowed >= rank)
 
 

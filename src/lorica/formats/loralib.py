@@ -25,7 +25,7 @@ from torch import Tensor
 from lorica.errors import LoricaError, all_faults
 from lorica.files import write_atomic
 from lorica.formats import Contents
-from lorica.formats.peft import DTYPES
+from lorica.formats.pair import DTYPES
 from lorica.formats.updates import Update, by_path, joined, method_of, name, one_alpha, refusals, storage_by_name
 from lorica.lowrank import LoRA
 from lorica.targets import Target

@@ -23,7 +23,7 @@ from torch import Tensor
 from lorica.errors import LoricaError, all_faults
 from lorica.files import folder_atomic, write_atomic
 from lorica.formats import Contents
-from lorica.formats.peft import DTYPES
+from lorica.formats.pair import DTYPES
 from lorica.formats.updates import Update, contents_of, one_rank, storage_by_name, updates
 
 CONFIG, TENSORS = "adapter_config.json", "adapters.safetensors"

@@ -25,20 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from lorica.errors import LoricaError, all_faults
-from lorica.files import folder_atomic, write_atomic
-from lorica.formats import Contents, stacks
+from lorica.errors import all_faults
+from lorica.formats import Contents, pair, stacks
+from lorica.formats.pair import load_config, load_tensors
 from lorica.formats.updates import only
 from lorica.lowrank import LoRA
 from lorica.targets import Target
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _READ = {
     "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights",
@@ -61,27 +57,14 @@ _TENSOR = re.compile(
 
 def write(folder: Path, contents: Contents, dtype: str = "fp32") -> None:
     """Write both files. A new folder appears whole; in a folder that is there, each file is replaced in one step."""
-    if dtype not in DTYPES:
-        raise LoricaError(f"an adapter is kept as one of {', '.join(DTYPES)}, not {dtype!r}")
-    tensors = {key: value.to(DTYPES[dtype]).contiguous() for key, value in sorted(_to_peft(contents).items())}
-    # Patterns are not sorted: of several that fit, the first counts.
-    config = json.dumps(dict(sorted(_config(contents).items())), indent=2) + "\n"
-    # One key only: safetensors writes several in random order, and the same adapter is to give the same bytes.
-    blob = save(tensors, metadata={"lorica": json.dumps(_metadata(contents), sort_keys=True)})
-    if folder.is_dir():
-        write_atomic(folder / TENSORS, blob)
-        write_atomic(folder / CONFIG, config)
-        return
-    with folder_atomic(folder) as new:
-        (new / TENSORS).write_bytes(blob)
-        (new / CONFIG).write_text(config)
+    pair.write(folder, _config(contents), _to_peft(contents), _metadata(contents), dtype)
 
 
 def read(folder: Path) -> Contents:
     """Read both files strictly: every setting or tensor that is not understood is a fault, all of them in one error."""
-    config = _load_config(folder)
+    config = load_config(folder)
     faults = _config_faults(config)
-    raw, metadata = _load_tensors(folder)
+    raw, metadata = load_tensors(folder)
     extra = json.loads(metadata.get("lorica", "{}"))
     tensors: dict[str, Tensor] = {}
     storages: dict[str, str] = {}
@@ -303,35 +286,6 @@ def _by_path(targets: Iterable[Target]) -> dict[str, list[Target]]:
     for target in targets:
         grouped.setdefault(target.path, []).append(target)
     return grouped
-
-
-def _load_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise LoricaError(f"{folder} is not an adapter: it has no {CONFIG}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as fault:
-        raise LoricaError(f"{path} is not readable as JSON: {fault}") from fault
-    if not isinstance(config, dict):
-        raise LoricaError(f"{path} holds a {type(config).__name__} where an object was expected")
-    return config
-
-
-def _load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    path = folder / TENSORS
-    if not path.is_file():
-        if (folder / "adapter_model.bin").is_file():
-            raise LoricaError(
-                f"{folder} holds a pickle (adapter_model.bin), which can run any code when it is read and is refused; "
-                "load it with PEFT where you trust it and save it again, which writes adapter_model.safetensors"
-            )
-        raise LoricaError(f"{folder} is not an adapter: it has no {TENSORS}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except SafetensorError as fault:
-        raise LoricaError(f"{path} is damaged or not a safetensors file: {fault}") from fault
 
 
 def _config_faults(config: dict[str, Any]) -> list[str]:

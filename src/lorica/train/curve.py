@@ -82,7 +82,11 @@ def _title(logs: dict[Path, list[dict[str, Any]]]) -> str:
     (run, log), *_ = logs.items()
     facts = next(iter(_of(log, "start")), {})
     model = Path(facts.get("model", "")).name
-    return f"{run.resolve().name}   {model}   rank {facts.get('rank')}, {facts.get('targets')}, lr {facts.get('lr'):g}"
+    return f"{run.resolve().name}   {model}   {_method(facts)}, lr {facts.get('lr'):g}"
+
+
+def _method(facts: dict[str, Any]) -> str:
+    return f"rank {facts['rank']}, {facts.get('targets')}" if "rank" in facts else str(facts.get("method"))
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

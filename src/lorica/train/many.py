@@ -35,6 +35,7 @@ from lorica.data import Example
 from lorica.data.pack import divided, micro_tokens
 from lorica.errors import LoricaError, all_faults
 from lorica.evaluate.causal import evaluating
+from lorica.methods import METHODS
 from lorica.passes import Passes
 from lorica.targets import CHILD
 from lorica.train import guards, ranking
@@ -43,9 +44,10 @@ from lorica.train.folder import new
 from lorica.train.forecast import Forecast, arranged
 from lorica.train.member import Member, Report
 from lorica.train.ranking import Row
+from lorica.train.recipe import method_of
 from lorica.train.run import stoppable
 from lorica.train.settings import TrainSettings
-from lorica.train.setup import about, facts, method_of, resolved
+from lorica.train.setup import about, facts, resolved
 from lorica.train.sitting import Stop
 
 # What all members have in common, because there is one base and one pass.
@@ -334,6 +336,8 @@ def _unusable(model: nn.Module, data: Any, members: Mapping[str, TrainSettings])
     first = next(iter(members.values()))
     for name, settings in members.items():
         faults += [f"{name}: {fault}" for fault in settings.check()]
+        if settings.method in METHODS and not METHODS[settings.method].shares:
+            faults.append(f"{name}: method {settings.method} cannot share a pass; train its members one after another")
         faults += [
             f"{name}: {key} {getattr(settings, key)!r} changes the base itself, which the others use too"
             for key, off in (("bias", "none"), ("modules_to_save", ""), ("token_rows", ""), ("tied", False))

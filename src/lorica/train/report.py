@@ -32,8 +32,8 @@ def header(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("data", f"{source}   {facts['train']:,} train, {held}"),
         (
             "method",
-            f"{facts['method']} r {facts['rank']}, alpha {facts['alpha']:g} (x{facts['scale']:g}), {facts['targets']},"
-            f" {facts['layers']:,} layers, {number(facts['trainable'])} ({facts['share']:.2%}),"
+            f"{facts['method']} {facts['detail']},"
+            f"{_layers(facts)} {number(facts['trainable'])} ({facts['share']:.2%}),"
             f" {size(facts['adapter_bytes'])}",
         ),
         ("steps", f"{facts['steps']:,} = {facts['epochs']:g} epochs, {facts['batch']:,} examples each"),
@@ -42,6 +42,10 @@ def header(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         *((("out", facts["run"]),) if "run" in facts else ()),
         *(("note", note) for note in facts["notes"]),
     ]
+
+
+def _layers(facts: Mapping[str, Any]) -> str:
+    return f" {facts['layers']:,} layers," if facts["layers"] else ""
 
 
 def _planned(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -10,10 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-METHOD_FIELDS = (
-    "method", "rank", "alpha", "dropout", "targets", "scaling", "init", "bias", "ranks", "alphas", "modules_to_save",
-    "token_rows", "tied", "dora",
-)  # fmt: skip
+from lorica.methods import METHODS, entry
+
+METHOD_FIELDS = ("method", *dict.fromkeys(name for entry in METHODS.values() for name in entry.reads))
 DEFAULT_EPOCHS = 2.0
 EVALUATIONS = 10
 LR_CAP = 2e-3
@@ -23,8 +22,9 @@ LR_CAP = 2e-3
 class TrainSettings:
     """What is trained, on what, how and for how long."""
 
-    method: Literal["lora"] = "lora"
-    """What is trained: lora (a low-rank update of the targets)."""
+    method: Literal["lora", "full", "top2", "bitfit"] = "lora"
+    """What is trained: lora is a low-rank update of the targets, full every parameter, top2 the last two blocks, bitfit
+    every bias."""
     rank: int = 8
     """Rank of the update, r in the paper."""
     alpha: float = 16.0
@@ -51,6 +51,10 @@ class TrainSettings:
     """Let the update of a tied embedding act on the output head too."""
     dora: bool = False
     """DoRA: train the size of each output beside its direction."""
+    blocks: int | None = None
+    """Only this many of the last blocks. Default: 2 of top2."""
+    add_biases: bool = False
+    """For bitfit: give linear layers without a bias one of zero, and train it."""
 
     map: str = ""
     """Columns of a table: prompt=body,completion=category."""
@@ -66,7 +70,8 @@ class TrainSettings:
     """Longest example in tokens; longer ones are cut on the right."""
 
     lr: float | None = None
-    """Peak learning rate. Default: 5e-4 (2000 / width)^0.775, at most 2e-3."""
+    """Peak learning rate. Default: 5e-4 (2000 / width)^0.775, at most 2e-3; of full and top2 a tenth of that, of bitfit
+    8 times."""
     lr_ratio: float = 1.0
     """LoRA+: B learns at this many times the rate of A; its paper takes 16. The default rate shrinks to suit."""
     epochs: float | None = None
@@ -133,7 +138,19 @@ class TrainSettings:
                 faults.append(f"{name} is {getattr(self, name)!r}; it must look like q_proj=4,down_proj=16")
         if any(not part.isdigit() for part in words(self.token_rows)):
             faults.append(f"token_rows is {self.token_rows!r}; it must be token ids with commas between")
-        return faults
+        return faults + self._unread()
+
+    def _unread(self) -> list[str]:
+        """Settings that were given and that the method does not read."""
+        if self.method not in METHODS:
+            return []
+        plain, reads = TrainSettings(), METHODS[self.method].reads
+        without = [] if self.lr_ratio == 1 or "rank" in reads else ["lr_ratio is the rate of LoRA's B, which is not here"]
+        return without + [
+            f"{name} is {getattr(self, name)!r}, which method {self.method} does not read"
+            for name in METHOD_FIELDS
+            if name not in ("method", *reads) and getattr(self, name) != getattr(plain, name)
+        ]
 
     def values(self) -> dict[str, Any]:
         """The settings as plain values, None left out, in the order above."""
@@ -146,7 +163,9 @@ _NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
 _RULES = (
     *(
         (name, *_POSITIVE)
-        for name in ("rank", "lr", "lr_ratio", "epochs", "steps", "batch", "micro", "eval_every", "sample_len")
+        for name in (
+            "rank", "blocks", "lr", "lr_ratio", "epochs", "steps", "batch", "micro", "eval_every", "sample_len",
+        )  # fmt: skip
     ),
     *((name, *_NOT_NEGATIVE) for name in ("clip", "weight_decay", "eval_rows", "sample", "early_stop", "save_every")),
     *(
@@ -159,18 +178,19 @@ _RULES = (
     ("schedule", lambda value: value in ("linear", "cosine", "constant"), "linear, cosine or constant"),
     ("checkpointing", lambda value: value in ("auto", "on", "off"), "auto, on or off"),
     ("keep", lambda value: value in ("all", "adapter"), "all or adapter"),
-    ("method", lambda value: value == "lora", "lora"),
+    ("method", lambda value: value in METHODS, f"one of {', '.join(METHODS)}"),
 )
 
 
-def default_lr(width: int) -> float:
+def default_lr(width: int, method: str = "lora") -> float:
     """The peak rate for a model of this width (hidden size), to two digits.
 
     ``5e-4 (2000 / width)^0.775``: the fit of "LoRA Without Regret" (Thinking Machines, 2025) for Llama-type decoders.
     Its first factor is ten times the best rate of full fine-tuning, the ratio found there at every width and rank
-    under alpha / r scaling. Capped at 2e-3, since narrow models lie outside the fit.
+    under alpha / r scaling. Capped at 2e-3, since narrow models lie outside the fit. Other methods have a multiple of
+    it (`methods.Entry.lr`).
     """
-    return float(f"{min(5e-4 * (2000 / width) ** 0.775, LR_CAP):.2g}")
+    return float(f"{entry(method).lr * min(5e-4 * (2000 / width) ** 0.775, LR_CAP):.2g}")
 
 
 def rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:

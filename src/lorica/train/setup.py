@@ -18,9 +18,11 @@ from lorica.data import marked
 from lorica.errors import LoricaError, all_faults
 from lorica.geometry import correction
 from lorica.lowrank import LoRA
+from lorica.methods import entry
 from lorica.targets import Target, resolve
 from lorica.train import guards
 from lorica.train.examples import Prepared, prepare
+from lorica.train.recipe import in_words, method_of, settings_of
 from lorica.train.settings import (
     DEFAULT_EPOCHS,
     METHOD_FIELDS,
@@ -28,8 +30,6 @@ from lorica.train.settings import (
     default_lr,
     measured_every,
     number_of_steps,
-    pairs,
-    words,
 )
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -66,9 +66,9 @@ def equip(model: nn.Module, settings: TrainSettings) -> None:
         raise LoricaError(f"the adapter {patch.active(model)!r} is merged; unmerge the model to train it")
     there, default = _settings_of(model, settings), TrainSettings()
     faults = [
-        f"{name} is {getattr(settings, name)!r}, on the model {there[name]!r}"
+        f"{name} is {getattr(settings, name)!r}, on the model {there.get(name)!r}"
         for name in METHOD_FIELDS
-        if getattr(settings, name) not in (getattr(default, name), there[name])
+        if getattr(settings, name) not in (getattr(default, name), there.get(name))
     ]
     if faults:
         raise all_faults("the model has an adapter already, and the settings are of another one:", faults)
@@ -80,7 +80,7 @@ def resolved(model: nn.Module, settings: TrainSettings, data: Prepared) -> Train
     if settings.lr is None:
         if (hidden := width(model)) is None:
             raise LoricaError("this model's config names no hidden_size, from which lr would follow: give an lr")
-        found["lr"] = float(f"{default_lr(hidden) * _correction(model, settings):.2g}")
+        found["lr"] = float(f"{default_lr(hidden, found['method']) * _correction(model, settings):.2g}")
     if settings.steps is None and settings.epochs is None:
         found["epochs"] = DEFAULT_EPOCHS
     steps = number_of_steps(settings, len(data.train))
@@ -97,7 +97,10 @@ def about(model: nn.Module, tok: Any) -> dict[str, str]:
 
 
 def facts(model: nn.Module, tok: Any, data: Prepared, settings: TrainSettings) -> dict[str, Any]:
-    """What is about to happen, for the header, the log and the card. `settings` are resolved."""
+    """What is about to happen, for the header, the log and the card. `settings` are resolved.
+
+    `detail` are the method's settings in words; only LoRA has a rank, alpha, scale and targets.
+    """
     installed, count = patch.installed(model), patch.count(model)
     steps = number_of_steps(settings, len(data.train))
     first = data.train[0]
@@ -108,11 +111,10 @@ def facts(model: nn.Module, tok: Any, data: Prepared, settings: TrainSettings) -
         "dtype": settings.dtype,
         "device": str(next(model.parameters()).device),
         "method": "dora" if settings.dora else settings.method,
-        "rank": settings.rank,
-        "alpha": settings.alpha,
-        "scale": installed.method.scale_of(""),
-        "targets": settings.targets,
-        "layers": len(installed.targets),
+        "detail": in_words(installed.method, settings.targets),
+        "unmergeable": installed.method.unmergeable,
+        **_update(installed.method, settings),
+        "layers": len(installed.targets or {path for path, _ in installed.patches}),
         "trainable": count.trainable,
         "share": count.share,
         "adapter_bytes": 4 * sum(parameter.numel() for parameter in parameters),
@@ -133,47 +135,27 @@ def facts(model: nn.Module, tok: Any, data: Prepared, settings: TrainSettings) -
     }
 
 
-def method_of(settings: TrainSettings) -> LoRA:
-    """The method that the settings describe."""
-    return LoRA(
-        r=settings.rank,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
-        scaling=settings.scaling,
-        init=settings.init,
-        bias=settings.bias,
-        ranks={key: int(value) for key, value in pairs(settings.ranks).items()},
-        alphas=pairs(settings.alphas),
-        modules_to_save=words(settings.modules_to_save),
-        token_rows=[int(part) for part in words(settings.token_rows)],
-        tied=settings.tied,
-        dora=settings.dora,
-    )
-
-
 def _settings_of(model: nn.Module, settings: TrainSettings) -> dict[str, Any]:
     """The adapter on a model as settings that would make it again; its targets as in `settings` where these fit."""
     installed = patch.installed(model)
-    method: LoRA = installed.method
+    told = settings_of(installed.method)
+    if not installed.method.takes_targets:
+        return told
     targets = settings.targets
     if not _fit(model, targets, installed.targets):
         short = ",".join(json.loads(Adapter.of(model).meta["target_modules"]))
         targets = short if _fit(model, short, installed.targets) else ",".join(map(str, installed.targets))
+    return told | {"targets": targets}
+
+
+def _update(method: patch.Method, settings: TrainSettings) -> dict[str, Any]:
+    if not isinstance(method, LoRA):
+        return {}
     return {
-        "method": "lora",
         "rank": method.r,
         "alpha": method.alpha,
-        "dropout": method.dropout,
-        "targets": targets,
-        "scaling": method.scaling,
-        "init": method.init,
-        "bias": method.bias,
-        "ranks": _pairs(method.ranks),
-        "alphas": _pairs(method.alphas),
-        "modules_to_save": ",".join(method.modules_to_save),
-        "token_rows": ",".join(map(str, method.token_rows)),
-        "tied": method.tied,
-        "dora": method.dora,
+        "scale": method.scale_of(""),
+        "targets": settings.targets,
     }
 
 
@@ -183,10 +165,6 @@ def _fit(model: nn.Module, targets: str, installed: Sequence[Target]) -> bool:
         return set(resolve(model, targets)) == set(installed)
     except LoricaError:
         return False
-
-
-def _pairs(values: Any) -> str:
-    return ",".join(f"{key}={value:g}" for key, value in values.items())
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -200,10 +178,10 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _lr_from(model: nn.Module, settings: TrainSettings) -> str:
-    hidden, factor = width(model), _correction(model, settings)
-    if not hidden or settings.lr != float(f"{default_lr(hidden) * factor:.2g}"):
+    hidden, times, factor = width(model), entry(settings.method).lr, _correction(model, settings)
+    if not hidden or settings.lr != float(f"{default_lr(hidden, settings.method) * factor:.2g}"):
         return "as given" + (f", B's {settings.lr_ratio:g} times that" if settings.lr_ratio != 1 else "")
-    rule = f"5e-4 (2000 / {hidden:,})^0.775"
+    rule = f"{f'{times:g} x ' if times != 1 else ''}5e-4 (2000 / {hidden:,})^0.775"
     return rule if factor == 1 else f"{rule} x {factor:.2g}, so that the first update is as large as plain LoRA's"
 
 

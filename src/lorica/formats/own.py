@@ -1,0 +1,91 @@
+"""The native layout of what PEFT has no type for: the same two files under a type of our own, which PEFT refuses.
+
+    adapter_config.json        {"peft_type": "LORICA_ADAPTER_H", "method": "adapter-h", "settings": {...}, ...}
+    adapter_model.safetensors  tensors by canonical name (see `patch.trainable`)
+
+Reading is strict: every key, setting or tensor that is not understood is a fault, all of them in one error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+from lorica import methods
+from lorica.errors import LoricaError, all_faults
+from lorica.formats import Contents, pair
+
+_MARK = "LORICA_"
+_KEYS = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "method", "settings"}
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder's config is marked as one of these."""
+    try:
+        return str(pair.load_config(folder).get("peft_type", "")).startswith(_MARK)
+    except LoricaError:
+        return False
+
+
+def write(folder: Path, contents: Contents, dtype: str = "fp32") -> None:
+    """Write both files (see `pair.write`)."""
+    config = {
+        "peft_type": methods.of(contents.method).peft_type,
+        "task_type": contents.meta.get("task_type") or None,
+        "base_model_name_or_path": contents.meta.get("base_model") or None,
+        "inference_mode": True,
+        "method": contents.method.name,
+        "settings": dataclasses.asdict(contents.method),
+    }
+    pair.write(folder, config, contents.tensors, dict(contents.meta), dtype)
+
+
+def read(folder: Path) -> Contents:
+    """Read both files strictly."""
+    config = pair.load_config(folder)
+    raw, metadata = pair.load_tensors(folder)
+    faults = [f"unexpected  {key}={config[key]!r} in {pair.CONFIG}" for key in sorted(set(config) - _KEYS)]
+    faults += [f"unexpected  {key} ({each.dtype})" for key, each in raw.items() if not each.is_floating_point()]
+    if not raw:
+        faults.append(f"missing     every tensor in {pair.TENSORS}")
+    try:
+        meta = {key: str(value) for key, value in json.loads(metadata.get("lorica", "{}")).items()}
+    except (ValueError, AttributeError):
+        faults.append(f"unexpected  the metadata of {pair.TENSORS}")
+        meta = {}
+    method = None
+    try:
+        method = _method(config)
+    except LoricaError as fault:
+        faults += [line.strip() for line in str(fault).splitlines()]
+    if faults or method is None:
+        raise all_faults(f"{folder} is not an adapter that can be used:", faults)
+    meta.setdefault("base_model", config.get("base_model_name_or_path") or "")
+    meta.setdefault("task_type", config.get("task_type") or "")
+    return Contents(method, (), {key: tensor.float() for key, tensor in raw.items()}, meta)
+
+
+def _method(config: dict[str, Any]) -> Any:
+    """The method that a config describes; LoricaError with every fault of it."""
+    entry, settings = methods.entry(str(config.get("method"))), config.get("settings")
+    faults = []
+    if config.get("peft_type") != entry.peft_type:
+        faults.append(f"peft_type is {config.get('peft_type')!r}, of {entry.name} it is {entry.peft_type!r}")
+    if not isinstance(settings, dict):
+        raise all_faults(f"the settings of {entry.name} are {settings!r}:", [*faults, "they must be an object"])
+    known = {field.name for field in dataclasses.fields(entry.kind)}
+    faults += [f"unexpected  {name}={settings[name]!r}" for name in sorted(set(settings) - known)]
+    faults += [f"missing     the setting {name}" for name in sorted(known - set(settings))]
+    hints = typing.get_type_hints(entry.kind)
+    faults += [
+        f"unexpected  {name}={settings[name]!r}, which must be {getattr(hints[name], '__name__', hints[name])}"
+        for name in sorted(known & set(settings))
+        if isinstance(hints[name], type | UnionType) and not isinstance(settings[name], hints[name])
+    ]
+    if faults:
+        raise all_faults(f"the settings of {entry.name} are not understood:", faults)
+    return entry.kind(**settings)

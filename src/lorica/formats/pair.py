@@ -1,0 +1,70 @@
+"""The two files of an adapter folder, `adapter_config.json` and `adapter_model.safetensors`, as they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lorica.errors import LoricaError
+from lorica.files import folder_atomic, write_atomic
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def write(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], dtype: str
+) -> None:
+    """Write both files. A new folder appears whole; in a folder that is there, each file is replaced in one step."""
+    if dtype not in DTYPES:
+        raise LoricaError(f"an adapter is kept as one of {', '.join(DTYPES)}, not {dtype!r}")
+    # What is inside is not sorted: of several patterns that fit, the first counts.
+    text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
+    cast = {key: tensor.to(DTYPES[dtype]).contiguous() for key, tensor in sorted(tensors.items())}
+    # One key only: safetensors writes several in random order, and the same adapter is to give the same bytes.
+    blob = save(cast, metadata={"lorica": json.dumps(metadata, sort_keys=True)})
+    if folder.is_dir():
+        write_atomic(folder / TENSORS, blob)
+        write_atomic(folder / CONFIG, text)
+        return
+    with folder_atomic(folder) as new:
+        (new / TENSORS).write_bytes(blob)
+        (new / CONFIG).write_text(text)
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """The config as it is written."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise LoricaError(f"{folder} is not an adapter: it has no {CONFIG}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as fault:
+        raise LoricaError(f"{path} is not readable as JSON: {fault}") from fault
+    if not isinstance(config, dict):
+        raise LoricaError(f"{path} holds a {type(config).__name__} where an object was expected")
+    return config
+
+
+def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors as they are, and the file's metadata."""
+    path = folder / TENSORS
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise LoricaError(
+                f"{folder} holds a pickle (adapter_model.bin), which can run any code when it is read and is refused; "
+                "load it with PEFT where you trust it and save it again, which writes adapter_model.safetensors"
+            )
+        raise LoricaError(f"{folder} is not an adapter: it has no {TENSORS}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except SafetensorError as fault:
+        raise LoricaError(f"{path} is damaged or not a safetensors file: {fault}") from fault

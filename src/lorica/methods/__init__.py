@@ -1,0 +1,98 @@
+"""The methods: LoRA and what the paper compares it with, one line each.
+
+A method is a frozen dataclass of its settings that has what `patch.Method` asks for. Its line says where it is, which
+settings of a training it reads (they have the same names there, but for LoRA's), and what can be done with it; the
+tests take every line through every law, and `docs/methods.md` is made from them. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorica.errors import LoricaError, nearest
+
+if TYPE_CHECKING:
+    from lorica.patch import Method
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method and what can be done with it.
+
+    Attributes:
+        name: after `--method`.
+        home: ``module:class`` of its settings.
+        what: one line for help and docs.
+        reads: settings of a training that it reads.
+        lr: its default learning rate, as a multiple of LoRA's.
+        neutral: step zero is the base model, to the bit (law 1).
+        mixes: rows of one batch may each have another adapter of it when it is served.
+        packs: an example in a pack gets what it gets alone.
+        shares: many adapters of it can be trained in one pass (`--sweep`).
+    """
+
+    name: str
+    home: str
+    what: str
+    reads: tuple[str, ...]
+    lr: float = 1.0
+    neutral: bool = True
+    mixes: bool = False
+    packs: bool = True
+    shares: bool = False
+
+    @property
+    def kind(self) -> type[Any]:
+        """The dataclass of its settings."""
+        module, _, name = self.home.partition(":")
+        return getattr(importlib.import_module(f"lorica.{module}"), name)
+
+    @property
+    def unmergeable(self) -> str:
+        """Why it cannot be folded into the weights, at its default settings; empty where it can."""
+        return self.kind().unmergeable
+
+    @property
+    def peft_type(self) -> str:
+        """What the config of its adapters is marked with: PEFT's own type, or one that PEFT refuses."""
+        return "LORA" if self.name == "lora" else "LORICA_" + self.name.upper().replace("-", "_").replace("+", "_")
+
+
+_LORA = (
+    "rank", "alpha", "dropout", "targets", "scaling", "init", "bias", "ranks", "alphas", "modules_to_save",
+    "token_rows", "tied", "dora",
+)  # fmt: skip
+# Rates beside LoRA's: a tenth for whole weights ("LoRA Without Regret"), and the paper's table 12 (1.6e-3 for biases,
+# 1e-4 for adapters, 2e-4 for LoRA).
+_ENTRIES = (
+    Entry("lora", "lowrank:LoRA", "a low-rank update of the targets", _LORA, mixes=True, shares=True),
+    Entry("full", "methods.selections:Full", "every parameter", (), lr=0.1),
+    Entry("top2", "methods.selections:Top", "the last blocks (2)", ("blocks",), lr=0.1),
+    Entry("bitfit", "methods.selections:BitFit", "every bias", ("add_biases",), lr=8.0),
+)
+METHODS = {entry.name: entry for entry in _ENTRIES}
+
+
+def entry(name: str) -> Entry:
+    """The line of a method; raises with the names there are."""
+    if name not in METHODS:
+        raise LoricaError(f"there is no method {name!r}{nearest(name, METHODS)}; there are: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def of(method: Method) -> Entry:
+    """The line of some settings."""
+    return entry(method.name)
+
+
+def in_words(method: Method) -> str:
+    """The settings of a method that reads plain ones: ``bottleneck 64, activation relu``, or what it is."""
+    found = {name: getattr(method, name) for name in of(method).reads}
+    said = [
+        name.replace("_", " ") if value is True else f"{name} {value}"
+        for name, value in found.items()
+        if value not in (False, None)
+    ]
+    return ", ".join(said) or of(method).what
