@@ -38,6 +38,7 @@ from transformers import (
 from lorica import patch
 from lorica.errors import LoricaError
 from lorica.lowrank import LoRA
+from lorica.methods.adapters import AdapterD, AdapterH, AdapterL, AdapterP
 from lorica.methods.selections import BitFit, Full, Top
 from lorica.plan import GPT3, config_of
 
@@ -178,6 +179,10 @@ COUNTERS: dict[str, Callable[[Any, Row], int]] = {
     "top2": lambda model, row: counted(model, Top()),
     "bitfit": lambda model, row: counted(model, BitFit()) - _lying(model, f"{_HEAD}.*bias"),
     "lora": _lora,
+    "adapter-h": lambda model, row: counted(model, AdapterH(row.r)),
+    "adapter-l": lambda model, row: counted(model, AdapterL(row.r)),
+    "adapter-p": lambda model, row: counted(model, AdapterP(row.r)),
+    "adapter-d": lambda model, row: counted(model, AdapterD(row.r, blocks=model.config.num_hidden_layers)),
     "lora+head": lambda model, row: _lora(model, row) + _lying(model, f"{_HEAD}.*"),
 }
 

@@ -53,8 +53,8 @@ class Fast:
         options = _asked(model)
         with attending(model):
             for module in model.modules():
-                if "forward" in module.__dict__:
-                    continue  # someone else's, such as the hooks of a model spread over devices
+                if "forward" in module.__dict__ or getattr(module, CHILD, None) is not None:
+                    continue  # someone else's, such as the hooks of a model spread over devices; or it is patched
                 for forward in (_norm(module), _mlp(module, salts), _attention(module, salts, options.get(module))):
                     if forward is not None and _same(module, forward, verdicts):
                         self.forwards[module] = forward

@@ -182,7 +182,7 @@ def _elsewhere(facts: Mapping[str, Any], thing: str) -> str:
     """What other programs can do with a method of which only lorica knows."""
     if facts["unmergeable"]:
         return f"Other programs cannot use it: it cannot be merged, since {facts['unmergeable']}."
-    return f"{_merged(thing)}\n\n{_only_merged(f'they know no {facts["method"]}')}"
+    return "\n\n".join([_merged(thing), _only_merged(f"they know no {facts['method']}")])
 
 
 def _hub_use(facts: Mapping[str, Any]) -> str:

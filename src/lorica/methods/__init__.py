@@ -64,6 +64,7 @@ _LORA = (
     "rank", "alpha", "dropout", "targets", "scaling", "init", "bias", "ranks", "alphas", "modules_to_save",
     "token_rows", "tied", "dora",
 )  # fmt: skip
+_ADAPTERS, _BOTTLENECK = "methods.adapters", ("bottleneck", "activation")
 # Rates beside LoRA's: a tenth for whole weights ("LoRA Without Regret"), and the paper's table 12 (1.6e-3 for biases,
 # 1e-4 for adapters, 2e-4 for LoRA).
 _ENTRIES = (
@@ -71,6 +72,10 @@ _ENTRIES = (
     Entry("full", "methods.selections:Full", "every parameter", (), lr=0.1),
     Entry("top2", "methods.selections:Top", "the last blocks (2)", ("blocks",), lr=0.1),
     Entry("bitfit", "methods.selections:BitFit", "every bias", ("add_biases",), lr=8.0),
+    Entry("adapter-h", f"{_ADAPTERS}:AdapterH", "layers after attention and MLP (Houlsby)", _BOTTLENECK, lr=0.5),
+    Entry("adapter-l", f"{_ADAPTERS}:AdapterL", "layers after blocks, with a LayerNorm (Lin)", _BOTTLENECK, lr=0.5),
+    Entry("adapter-p", f"{_ADAPTERS}:AdapterP", "layers after MLP and LayerNorm (Pfeiffer)", _BOTTLENECK, lr=0.5),
+    Entry("adapter-d", f"{_ADAPTERS}:AdapterD", "adapter-p in the upper blocks", (*_BOTTLENECK, "blocks"), lr=0.5),
 )
 METHODS = {entry.name: entry for entry in _ENTRIES}
 

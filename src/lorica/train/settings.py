@@ -22,9 +22,9 @@ LR_CAP = 2e-3
 class TrainSettings:
     """What is trained, on what, how and for how long."""
 
-    method: Literal["lora", "full", "top2", "bitfit"] = "lora"
+    method: Literal["lora", "full", "top2", "bitfit", "adapter-h", "adapter-l", "adapter-p", "adapter-d"] = "lora"
     """What is trained: lora is a low-rank update of the targets, full every parameter, top2 the last two blocks, bitfit
-    every bias."""
+    every bias, adapter-* new layers of two small matrices and a nonlinearity."""
     rank: int = 8
     """Rank of the update, r in the paper."""
     alpha: float = 16.0
@@ -52,7 +52,11 @@ class TrainSettings:
     dora: bool = False
     """DoRA: train the size of each output beside its direction."""
     blocks: int | None = None
-    """Only this many of the last blocks. Default: 2 of top2."""
+    """Only this many of the last blocks. Default: 2 of top2; 7 of 12 of adapter-d."""
+    bottleneck: int = 64
+    """Width of the adapter layers, r in the paper."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    """Nonlinearity of the adapter layers."""
     add_biases: bool = False
     """For bitfit: give linear layers without a bias one of zero, and train it."""
 
@@ -71,7 +75,7 @@ class TrainSettings:
 
     lr: float | None = None
     """Peak learning rate. Default: 5e-4 (2000 / width)^0.775, at most 2e-3; of full and top2 a tenth of that, of bitfit
-    8 times."""
+    8 times, of adapters half."""
     lr_ratio: float = 1.0
     """LoRA+: B learns at this many times the rate of A; its paper takes 16. The default rate shrinks to suit."""
     epochs: float | None = None
@@ -145,7 +149,9 @@ class TrainSettings:
         if self.method not in METHODS:
             return []
         plain, reads = TrainSettings(), METHODS[self.method].reads
-        without = [] if self.lr_ratio == 1 or "rank" in reads else ["lr_ratio is the rate of LoRA's B, which is not here"]
+        without = (
+            [] if self.lr_ratio == 1 or "rank" in reads else ["lr_ratio is the rate of LoRA's B, which is not here"]
+        )
         return without + [
             f"{name} is {getattr(self, name)!r}, which method {self.method} does not read"
             for name in METHOD_FIELDS
@@ -164,8 +170,18 @@ _RULES = (
     *(
         (name, *_POSITIVE)
         for name in (
-            "rank", "blocks", "lr", "lr_ratio", "epochs", "steps", "batch", "micro", "eval_every", "sample_len",
-        )  # fmt: skip
+            "rank",
+            "blocks",
+            "bottleneck",
+            "lr",
+            "lr_ratio",
+            "epochs",
+            "steps",
+            "batch",
+            "micro",
+            "eval_every",
+            "sample_len",
+        )
     ),
     *((name, *_NOT_NEGATIVE) for name in ("clip", "weight_decay", "eval_rows", "sample", "early_stop", "save_every")),
     *(
@@ -177,6 +193,7 @@ _RULES = (
     ("betas", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)"),
     ("schedule", lambda value: value in ("linear", "cosine", "constant"), "linear, cosine or constant"),
     ("checkpointing", lambda value: value in ("auto", "on", "off"), "auto, on or off"),
+    ("activation", lambda value: value in ("relu", "gelu", "silu", "tanh"), "relu, gelu, silu or tanh"),
     ("keep", lambda value: value in ("all", "adapter"), "all or adapter"),
     ("method", lambda value: value in METHODS, f"one of {', '.join(METHODS)}"),
 )

@@ -1,0 +1,158 @@
+"""Every method in a training: it learns, resumes to the byte, says what it is, and shares packs exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+
+import pytest
+import torch
+
+import lorica
+from families import FAMILIES
+from lorica import Adapter, TrainSettings
+from lorica.cli.main import main
+from lorica.errors import LoricaError
+from lorica.fast import Fast
+from lorica.methods import METHODS
+from lorica.methods.adapters import AdapterH
+from lorica.train import Interrupted, many
+from lorica.train.recipe import method_of
+from lorica.train.settings import default_lr
+from test_fast import apart, eager, gradients, packed
+from tiny import stir
+
+OTHERS = [name for name in METHODS if name != "lora"]
+GIVEN = {"bitfit": {"add_biases": True}}
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("lorica.train.curve.draw", lambda runs, out: None)
+
+
+@pytest.fixture
+def settings(brief):
+    def of(name, **changes):
+        given = {"method": name, "rank": 8, "lr": 5e-3, "schedule": "constant", "held_out": 0.2}
+        return dataclasses.replace(brief, **given | GIVEN.get(name, {}) | changes)
+
+    return of
+
+
+def equipped(family, name):
+    model = FAMILIES[family]()
+    lorica.inject(model, method_of(TrainSettings(method=name, **GIVEN.get(name, {}))))
+    stir(model, size=0.05)
+    return model
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("family", ["llama", "gemma", "qwen3", "gpt2", "bert"])
+def test_on_the_fast_path_a_pack_gives_the_gradient_of_its_rows_alone(family, name):
+    from lorica.passes import Passes
+    from test_fast import ROWS
+
+    model = equipped(family, name)
+    passes = Passes(model, ROWS, 1)
+    assert passes.way in ("packed", "rows"), passes.note
+    with passes(model, ROWS) as (loss, _):
+        loss.backward()
+    found = gradients(model)
+    wanted, expected = eager(equipped(family, name))
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    assert apart(found, expected) < 1e-5
+    assert all(tensor.any() for tensor in found.values())
+
+
+def test_a_block_whose_layers_are_adapted_is_left_to_itself():
+    assert Fast(equipped("llama", "adapter-h")).names == ["LlamaAttention", "LlamaRMSNorm"]
+    assert "LlamaRMSNorm" not in Fast(equipped("llama", "full")).names
+    assert packed(equipped("llama", "adapter-h"))[0] == pytest.approx(
+        eager(equipped("llama", "adapter-h"))[0], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_method_learns_and_a_stopped_run_ends_as_one_that_was_not(fresh, tok, rows, settings, tmp_path, name):
+    whole = lorica.train(fresh(), tok, rows, settings(name), out=tmp_path / "whole")
+    assert whole.after < whole.before
+
+    def stop(event):
+        if event["kind"] == "step" and event["step"] == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        lorica.train(fresh(), tok, rows, settings(name), out=tmp_path / "cut", report=stop)
+    lorica.train(fresh(), tok, rows, resume=tmp_path / "cut")
+    for file in ("best/adapter_model.safetensors", "best/adapter_config.json", "last/adapter_model.safetensors"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert f"`{name}`" in card and "--enable-lora" not in card
+    assert ("cannot be merged" in card) == bool(method_of(settings(name)).unmergeable)
+    loaded = Adapter.load(tmp_path / "whole" / "best")
+    assert loaded.sha256 == whole.adapter.sha256
+    model = fresh()
+    loaded.apply(model)
+    assert lorica.count(model).trainable == sum(tensor.numel() for tensor in loaded.tensors.values())
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_methods_that_cannot_share_a_pass_say_so(fresh, tok, rows, settings, tmp_path, name):
+    members = {"a": settings(name), "b": settings(name, lr=1e-2)}
+    if METHODS[name].shares:
+        pytest.skip("it can")
+    with pytest.raises(LoricaError, match=f"a: method {name} cannot share a pass"):
+        many.train(fresh(), tok, rows, members, out=tmp_path / "sweep")
+
+
+def test_the_commands_say_what_can_be_done(model_folder, data_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    how = ["--method", "adapter-h", "--bottleneck", "4", "--steps", "3", "--sample", "0", "-o", str(run)]
+    assert main(["train", str(model_folder), str(data_file), *how]) == 0
+    told = capsys.readouterr().err
+    assert "adapter-h bottleneck 4, activation relu, 4 layers" in " ".join(told.split())
+    assert "0.5 x 5e-4 (2000 / 16)^0.775" in told
+    assert main(["show", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "adapter-h: bottleneck 4, activation relu" in told and "vLLM knows no adapter-h" in told
+    assert main(["merge", str(run), "-o", str(tmp_path / "merged")]) == 1
+    assert "cannot be merged, since a nonlinearity" in capsys.readouterr().err
+    assert main(["convert", str(run / "best"), "--to", "gguf", "-o", str(tmp_path / "g")]) == 1
+    assert "no other program knows adapter-h" in capsys.readouterr().err
+    assert main(["generate", str(run), str(data_file), "-o", str(tmp_path / "out.jsonl"), "--max-new", "2", "-q"]) == 0
+    assert main(["train", str(model_folder), str(data_file), "--method", "full", "--rank", "4"]) == 1
+    assert "rank is 4, which method full does not read" in capsys.readouterr().err
+
+
+def test_the_rate_follows_the_method(model, tok, rows, settings):
+    from lorica.train.setup import preview
+
+    found = preview(model, tok, rows, dataclasses.replace(settings("full"), lr=None))
+    assert found["lr"] == default_lr(16, "full") == pytest.approx(default_lr(16) / 10)
+    assert found["lr_from"].startswith("0.1 x ")
+
+
+def test_a_model_with_an_adapter_is_trained_with_it_and_with_no_other(model, tok, rows, settings, tmp_path):
+    lorica.inject(model, AdapterH(bottleneck=4))
+    with pytest.raises(LoricaError, match="bottleneck is 5, on the model 4"):
+        lorica.train(model, tok, rows, settings("adapter-h", bottleneck=5), out=tmp_path / "a")
+    ended = lorica.train(model, tok, rows, settings("lora"), out=tmp_path / "b")
+    assert ended.settings.method == "adapter-h" and ended.settings.bottleneck == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_a_real_decoder_learns_by_every_method(name, tmp_path):
+    model, tok = lorica.load("smollm2-135m", dtype="fp32")
+    rows = [{"prompt": f"Say {word}.", "completion": f" {word}, as {word} is said."} for word in ("red", "blue", "two")]
+    settings = TrainSettings(method=name, steps=4, batch=3, held_out=0, sample=0, eval_every=4, **GIVEN.get(name, {}))
+    losses = []
+    ended = lorica.train(
+        model, tok, rows, settings, out=tmp_path / "run",
+        report=lambda event: losses.append(event["loss"]) if event["kind"] == "step" else None,
+    )  # fmt: skip
+    assert losses[-1] < losses[0]
+    lorica.eject(model)
+    Adapter.load(tmp_path / "run" / "best").apply(model)
+    assert torch.equal(next(iter(lorica.trainable(model).values())), next(iter(ended.adapter.tensors.values())))
