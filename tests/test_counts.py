@@ -63,9 +63,10 @@ def test_formulas_give_what_the_hand_gives(found, row):
 
 def test_injected_models_have_what_the_formulas_say(found):
     counted = [c for c in found if c.counted is not None]
-    assert {c.row.method for c in counted} >= {"full", "top2", "bitfit", "lora"}
+    injected = {"full", "top2", "bitfit", "lora", "preembed", "prelayer", "lora+preembed", "lora+prelayer"}
+    assert {c.row.method for c in counted} >= injected
     assert all(c.counted == c.formula for c in counted)
-    assert all(c.counted is not None for c in found if c.row.method in ("full", "top2", "bitfit", "lora"))
+    assert all(c.counted is not None for c in found if c.row.method in injected and not c.row.share)
 
 
 def test_known_misprints_are_marked_with_the_right_value(found):

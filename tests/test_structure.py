@@ -26,6 +26,7 @@ LAYERS = [
     {"algebra"},
     {"adapter"},
     {"models", "data"},
+    {"insertion"},
     {"evaluate", "inspect", "passes"},
     {"plan"},
     {"train", "analysis", "serve", "counts", "export", "expression"},

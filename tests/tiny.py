@@ -103,8 +103,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def inputs(model: nn.Module, rows: int = 3, length: int = 9) -> dict[str, Tensor]:
-    """A batch of random ids, the same at each call."""
-    ids = torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(1)).to(model.device)
+    """A batch of random ids, the same at each call, as the active adapter is to read them."""
+    from lorica.insertion import asked
+
+    ids = torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor(asked(model, ids.tolist())).to(model.device)
     both = model.config.is_encoder_decoder
     return {"input_ids": ids, "decoder_input_ids": ids} if both else {"input_ids": ids}
 

@@ -39,6 +39,7 @@ from lorica import patch
 from lorica.errors import LoricaError
 from lorica.lowrank import LoRA
 from lorica.methods.adapters import AdapterD, AdapterH, AdapterL, AdapterP
+from lorica.methods.prefix import LoRAPrefixEmbedding, LoRAPrefixLayer, PrefixEmbedding, PrefixLayer
 from lorica.methods.selections import BitFit, Full, Top
 from lorica.plan import GPT3, config_of
 
@@ -169,12 +170,24 @@ def _lying(model: nn.Module, pattern: str) -> int:
 
 
 def _lora(model: Any, row: Row) -> int:
+    return _on(model, row, LoRA(r=row.r))
+
+
+def _both(model: Any, row: Row, kind: type[LoRAPrefixEmbedding]) -> int:
+    return _on(model, row, kind(prefix=row.lp, infix=row.li, rank=row.r))
+
+
+def _on(model: Any, row: Row, method: patch.Method) -> int:
     names = MATRICES[model.config.model_type]
-    return counted(model, LoRA(r=row.r), ",".join(names[each] for each in row.on.split(",")))
+    return counted(model, method, ",".join(names[each] for each in row.on.split(",")))
 
 
 # How the rows of a method are counted. A method without an entry is "by formula" in the table.
 COUNTERS: dict[str, Callable[[Any, Row], int]] = {
+    "preembed": lambda model, row: counted(model, PrefixEmbedding(row.lp, row.li)),
+    "prelayer": lambda model, row: counted(model, PrefixLayer(row.lp, row.li)),
+    "lora+preembed": lambda model, row: _both(model, row, LoRAPrefixEmbedding),
+    "lora+prelayer": lambda model, row: _both(model, row, LoRAPrefixLayer),
     "full": lambda model, row: counted(model, Full()) - _lying(model, f"{_HEAD}.*"),
     "top2": lambda model, row: counted(model, Top()),
     "bitfit": lambda model, row: counted(model, BitFit()) - _lying(model, f"{_HEAD}.*bias"),

@@ -47,7 +47,10 @@ def made(name):
 
 
 CASES = [
-    (family, name) for family in FAMILIES for name in METHODS if name != "lora" or family in ("roberta", "deberta")
+    (family, name)
+    for family in FAMILIES
+    for name in METHODS
+    if (name != "lora" or family in ("roberta", "deberta")) and not (family == "t5" and "prefix" in name)
 ]
 
 
@@ -69,7 +72,8 @@ def test_every_method_keeps_the_laws_on_a_bf16_base(name):
     def make():
         return gpt2().to(torch.bfloat16)
 
-    laws.step_zero_is_the_base(make, made(name), "all-linear")
+    if METHODS[name].neutral:
+        laws.step_zero_is_the_base(make, made(name), "all-linear")
     laws.inject_and_eject_are_inverse(make, made(name), "all-linear")
     laws.merge_and_unmerge_are_inverse(make, made(name), "all-linear")
 
@@ -82,7 +86,7 @@ def test_a_line_says_what_the_method_is(name):
     assert method.takes_targets == ("targets" in line.reads)
     assert name in typing.get_args(typing.get_type_hints(TrainSettings)["method"])
     if name != "lora":
-        assert {field.name for field in dataclasses.fields(line.kind)} == set(line.reads)
+        assert {field.name for field in dataclasses.fields(line.kind)} == set(line.reads) - {"targets"}
     again = method_of(TrainSettings(**settings_of(method)))
     assert again == method
 

@@ -71,6 +71,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
         how = {"dtype": settings.dtype, "device": settings.device, "quantize": settings.quantize}
         opened = models.open_thing(settings.x, progress=tell, **how)
         contenders = evaluate.line_up(opened, settings.x, others)
+        max_len -= evaluate.inserted(opened, contenders)
         rows, what, notes = _given(settings) if settings.data else _held_out(settings, opened)
         if settings.limit and settings.limit < len(rows):
             chosen = sorted(random.Random(0).sample(range(len(rows)), settings.limit))

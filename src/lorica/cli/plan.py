@@ -83,15 +83,18 @@ def run(settings: Settings) -> int | dict[str, Any]:
 def _work(settings: Settings, config: Any, method: Any) -> tuple[Work, int | None, str]:
     """The work of one update, the number of updates where there is data, and where the lengths came from."""
     from lorica import models, plan
+    from lorica.insertion import Insertion
     from lorica.train.examples import prepare
     from lorica.train.settings import number_of_steps
 
     if settings.data:
         prepared = prepare(settings.data, models.load_tokenizer(settings.model), settings)
-        work = plan.work_of(config, settings, prepared.train, method)
-        lengths = sorted(map(lambda example: len(example.ids), prepared.train))
+        own = Insertion(0, *getattr(method, "inserts", (0, 0)))
+        given = [each for example in prepared.train for each in own.examples(example)]
+        work = plan.work_of(config, settings, given, method)
+        lengths = sorted(map(lambda example: len(example.ids), given))
         note = f"its {settings.batch} longest rows of {len(lengths):,}, {lengths[-1]:,} tokens and less"
-        return work, number_of_steps(settings, len(prepared.train)), note
+        return work, number_of_steps(settings, len(given)), note
     examples = [plan.row(settings.len)] * settings.batch
     return plan.work_of(config, settings, examples, method), None, f"{settings.batch} rows of {settings.len:,} tokens"
 

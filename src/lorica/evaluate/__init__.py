@@ -9,7 +9,7 @@
 """
 
 from lorica.evaluate.answering import Answering
-from lorica.evaluate.comparison import Contender, Score, against, line_up, measure, selected
+from lorica.evaluate.comparison import Contender, Score, against, inserted, line_up, measure, selected
 from lorica.evaluate.generation import generate, stop_ids, stream
 from lorica.evaluate.loss import LossResult, loss
 from lorica.evaluate.metrics import ClassRow, Difference, bootstrap, exact_match, paired, per_class, wilson
@@ -27,6 +27,7 @@ __all__ = [
     "bootstrap",
     "exact_match",
     "generate",
+    "inserted",
     "line_up",
     "loss",
     "measure",

@@ -15,6 +15,7 @@ from lorica.errors import LoricaError, all_faults
 from lorica.evaluate.generation import generate
 from lorica.evaluate.loss import LossResult, loss
 from lorica.evaluate.metrics import ClassRow, Difference, bootstrap, exact_match, paired, per_class, wilson
+from lorica.insertion import insertion
 from lorica.models import Opened, load_tokenizer
 
 BASE = "base"
@@ -101,6 +102,16 @@ def line_up(opened: Opened, thing: str, others: Sequence[str]) -> list[Contender
     if patch.adapters(opened.model):
         patch.select(opened.model, last.adapter)
     return [*found, last]
+
+
+def inserted(opened: Opened, contenders: Sequence[Contender]) -> int:
+    """The most special tokens that one of the contenders adds to a row, so that rows can be cut alike for all."""
+    sizes = []
+    for contender in contenders:
+        with selected(opened, contender):
+            own = insertion(opened.model)
+            sizes.append(own.size if own else 0)
+    return max(sizes)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from transformers.generation import BaseStreamer
 from lorica.data import Record, encode
 from lorica.errors import LoricaError
 from lorica.evaluate.causal import evaluating, require
+from lorica.insertion import asked
 
 
 def stop_ids(model: Any, tok: Any) -> list[int]:
@@ -39,13 +40,14 @@ def generate(
 ) -> list[str]:
     """Continue each prompt (token ids) until a stop token or `max_new` tokens; texts in the order of the prompts.
 
-    Prompts of like length go together, padded on the left. `temperature` 0 takes the likeliest token; above, tokens are
-    sampled, the same ones for the same seed and batch. Special tokens are left out of the texts. An answer ends where
-    the model's positions do; LoricaError for prompts that leave none. The model's mode is left as it was.
+    Prompts of like length go together, padded on the left, and read as the active adapter is to (`insertion`).
+    `temperature` 0 takes the likeliest token; above, tokens are sampled, the same ones for the same seed and batch.
+    Special tokens are left out of the texts. An answer ends where the model's positions do; LoricaError for prompts
+    that leave none. The model's mode is left as it was.
     """
     require(model)
     stops, pad = stop_ids(model, tok), _pad(model, tok)
-    prompts = [ids or [pad] for ids in prompts]
+    prompts = asked(model, [ids or [pad] for ids in prompts])
     rooms = _rooms(model, prompts, max_new)
     answers = [""] * len(prompts)
     done = 0
@@ -75,7 +77,7 @@ def stream(
     """
     require(model)
     stops, pad = stop_ids(model, tok), _pad(model, tok)
-    ids = ids or [pad]
+    (ids,) = asked(model, [ids or [pad]])
     (room,) = _rooms(model, [ids], max_new)
     tokens, stopped, failed = _Tokens(), threading.Event(), list[BaseException]()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lorica.data import Example, collate
 from lorica.errors import LoricaError
 from lorica.evaluate.causal import evaluating, require
+from lorica.insertion import edited
 from lorica.kernels.labelled import IGNORED, positions, takes_positions
 
 
@@ -42,29 +44,33 @@ def loss(
     batch_tokens: int = 1024,
     progress: Callable[[int, int], None] | None = None,
 ) -> LossResult:
-    """The mean negative log-likelihood of the labelled tokens.
+    """The mean negative log-likelihood of the labelled tokens, of examples as the active adapter is to read them.
 
     Args:
         batch_tokens: tokens of a forward pass, padding included; it changes memory and speed, not the result.
-        progress: called with rows done and rows in all.
+        progress: called with what is done and how much there is.
 
     The model's mode is left as it was.
     """
     require(model)
     if not examples:
         raise LoricaError("there are no rows to measure the loss on")
+    own = edited(model, examples)
+    read = list(chain.from_iterable(own))
+    rows = [row for row, some in enumerate(own) for _ in some]
     per_row: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
     done = 0
     with evaluating(model) as device:
-        for places in _batches([len(example.ids) for example in examples], batch_tokens):
+        for places in _batches([len(example.ids) for example in read], batch_tokens):
             # Padded on the right, where causal attention never looks back from a real token: any id pads.
-            batch = {key: value.to(device) for key, value in collate([examples[i] for i in places], 0).items()}
+            batch = {key: value.to(device) for key, value in collate([read[i] for i in places], 0).items()}
             sums, counts = _nats(model, batch)
             for place, total, count in zip(places, sums.tolist(), counts.tolist(), strict=True):
-                per_row[place] = (total, count)
+                before = per_row[rows[place]]
+                per_row[rows[place]] = (before[0] + total, before[1] + count)
             done += len(places)
             if progress:
-                progress(done, len(examples))
+                progress(done, len(read))
     tokens = sum(count for _, count in per_row)
     if not tokens:
         raise LoricaError("no token of these rows is labelled, so there is no loss to measure")

@@ -18,9 +18,10 @@ from typing import Any
 from lorica import methods
 from lorica.errors import LoricaError, all_faults
 from lorica.formats import Contents, pair
+from lorica.targets import Target
 
 _MARK = "LORICA_"
-_KEYS = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "method", "settings"}
+_KEYS = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "method", "settings", "targets"}
 
 
 def is_ours(folder: Path) -> bool:
@@ -41,6 +42,8 @@ def write(folder: Path, contents: Contents, dtype: str = "fp32") -> None:
         "method": contents.method.name,
         "settings": dataclasses.asdict(contents.method),
     }
+    if contents.targets:
+        config["targets"] = [dataclasses.asdict(target) for target in contents.targets]
     pair.write(folder, config, contents.tensors, dict(contents.meta), dtype)
 
 
@@ -58,15 +61,17 @@ def read(folder: Path) -> Contents:
         faults.append(f"unexpected  the metadata of {pair.TENSORS}")
         meta = {}
     method = None
+    targets: tuple[Target, ...] = ()
     try:
         method = _method(config)
+        targets = _targets(config, method)
     except LoricaError as fault:
         faults += [line.strip() for line in str(fault).splitlines()]
     if faults or method is None:
         raise all_faults(f"{folder} is not an adapter that can be used:", faults)
     meta.setdefault("base_model", config.get("base_model_name_or_path") or "")
     meta.setdefault("task_type", config.get("task_type") or "")
-    return Contents(method, (), {key: tensor.float() for key, tensor in raw.items()}, meta)
+    return Contents(method, targets, {key: tensor.float() for key, tensor in raw.items()}, meta)
 
 
 def _method(config: dict[str, Any]) -> Any:
@@ -89,3 +94,18 @@ def _method(config: dict[str, Any]) -> Any:
     if faults:
         raise all_faults(f"the settings of {entry.name} are not understood:", faults)
     return entry.kind(**settings)
+
+
+def _targets(config: dict[str, Any], method: Any) -> tuple[Target, ...]:
+    """The matrices that a config lists, of a method that takes targets."""
+    listed, names = config.get("targets", []), {field.name for field in dataclasses.fields(Target)}
+    if bool(listed) != method.takes_targets:
+        raise LoricaError(f"{'missing' if method.takes_targets else 'unexpected'}  targets of {method.name}")
+    if not isinstance(listed, list) or any(not isinstance(each, dict) or set(each) != names for each in listed):
+        raise LoricaError(f"unexpected  targets: each must have {', '.join(sorted(names))} and nothing else")
+    lists = {"shape", "rows", "sizes"}  # tuples, which JSON has not
+    plain: list[dict[str, Any]] = [
+        {key: tuple(value) if key in lists and value is not None else value for key, value in each.items()}
+        for each in listed
+    ]
+    return tuple(Target(**each) for each in plain)

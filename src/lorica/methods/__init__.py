@@ -65,8 +65,10 @@ _LORA = (
     "token_rows", "tied", "dora",
 )  # fmt: skip
 _ADAPTERS, _BOTTLENECK = "methods.adapters", ("bottleneck", "activation")
+_TOKENS, _PREFIX = "methods.prefix", ("prefix", "infix")
+_BESIDE = ("rank", "alpha", "dropout", "targets", "scaling", "init", *_PREFIX)
 # Rates beside LoRA's: a tenth for whole weights ("LoRA Without Regret"), and the paper's table 12 (1.6e-3 for biases,
-# 1e-4 for adapters, 2e-4 for LoRA).
+# 1e-4 for adapters, 2e-4 for LoRA). Rows of special tokens are as large as embeddings and need more (docs/LOG.md).
 _ENTRIES = (
     Entry("lora", "lowrank:LoRA", "a low-rank update of the targets", _LORA, mixes=True, shares=True),
     Entry("full", "methods.selections:Full", "every parameter", (), lr=0.1),
@@ -76,6 +78,10 @@ _ENTRIES = (
     Entry("adapter-l", f"{_ADAPTERS}:AdapterL", "layers after blocks, with a LayerNorm (Lin)", _BOTTLENECK, lr=0.5),
     Entry("adapter-p", f"{_ADAPTERS}:AdapterP", "layers after MLP and LayerNorm (Pfeiffer)", _BOTTLENECK, lr=0.5),
     Entry("adapter-d", f"{_ADAPTERS}:AdapterD", "adapter-p in the upper blocks", (*_BOTTLENECK, "blocks"), lr=0.5),
+    Entry("prefix-embedding", f"{_TOKENS}:PrefixEmbedding", "embeddings of special tokens", _PREFIX, 15, neutral=False),
+    Entry("prefix-layer", f"{_TOKENS}:PrefixLayer", "activations of special tokens", _PREFIX, 15, neutral=False),
+    Entry("lora+prefix-embedding", f"{_TOKENS}:LoRAPrefixEmbedding", "both", _BESIDE, neutral=False),
+    Entry("lora+prefix-layer", f"{_TOKENS}:LoRAPrefixLayer", "both", _BESIDE, neutral=False),
 )
 METHODS = {entry.name: entry for entry in _ENTRIES}
 
@@ -94,7 +100,7 @@ def of(method: Method) -> Entry:
 
 def in_words(method: Method) -> str:
     """The settings of a method that reads plain ones: ``bottleneck 64, activation relu``, or what it is."""
-    found = {name: getattr(method, name) for name in of(method).reads}
+    found = {name: getattr(method, name) for name in of(method).reads if name != "targets"}
     said = [
         name.replace("_", " ") if value is True else f"{name} {value}"
         for name, value in found.items()

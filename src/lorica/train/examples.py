@@ -6,25 +6,41 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from lorica import data as rows_of
 from lorica.data import Encoded, Example, Record, Records
 from lorica.data.pack import MICRO_TOKENS
 from lorica.errors import LoricaError
+from lorica.insertion import edited
+from lorica.train.recipe import method_of
 from lorica.train.settings import TrainSettings
 
 
 @dataclass
 class Prepared:
-    """`train` and `held` out examples; `held_all`: how many were held out before `eval_rows` cut them."""
+    """`train` and `held` out examples; `held_all`: how many were held out before `eval_rows` cut them.
+
+    `given` is what a model is given of `train`: with the special tokens of its adapter, after `give`.
+    """
 
     train: list[Example]
     held: list[Example]
     held_all: int
     source: str = ""
     notes: list[str] = field(default_factory=list)
+    given: list[Example] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.given = self.train
+
+    def give(self, model: nn.Module) -> None:
+        """Let `given` be for the active adapter of a model; see `insertion.edited`."""
+        self.given = list(chain.from_iterable(edited(model, self.train)))
 
     def fingerprint(self) -> str:
         """Hex digest of every token id and label, in order: the same for the same data under another name."""
@@ -63,7 +79,9 @@ def prepare(data: Any, tok: Any, settings: TrainSettings) -> Prepared:
         train, held = rows_of.split(data, fraction=settings.held_out)
     else:
         train, held = data, []
-    train, held = (_encoded(part, tok, settings.max_len, notes) for part in (train, held))
+    # Special tokens count: they are read like the others.
+    longest = settings.max_len - sum(getattr(method_of(settings), "inserts", ()))
+    train, held = (_encoded(part, tok, longest, notes) for part in (train, held))
     if not train:
         raise LoricaError("the data has no example to train on")
     return Prepared(train, held[: settings.eval_rows or None], len(held), source, list(dict.fromkeys(notes)))

@@ -53,16 +53,16 @@ def forecast(model: Any, data: Prepared, settings: TrainSettings) -> Forecast:
         available = psutil.virtual_memory().available + process + weights
     wanted = settings.checkpointing == "on"
     try:
-        work = plan.work_of(model.config, settings, data.train, patch.installed(model).method)
+        work = plan.work_of(model.config, settings, data.given, patch.installed(model).method)
         peak = machine.gemm_peak(work.dtype, str(device))
         found = plan.predict(model.config, work, process, peak, type(model))
         if settings.checkpointing == "auto" and found.memory.total > available:
             found, _ = plan.fitting(model.config, work, available, process)
     except _NO_PLAN:
         return Forecast(wanted, available)
-    steps = number_of_steps(settings, len(data.train))
+    steps = number_of_steps(settings, len(data.given))
     # The plan is of an update of the longest rows; time goes by all of them.
-    share = sum(len(example.ids) for example in data.train) / len(data.train) * settings.batch / found.tokens
+    share = sum(len(example.ids) for example in data.given) / len(data.given) * settings.batch / found.tokens
     seconds = found.seconds * steps * share if found.seconds else None
     return Forecast(found.checkpointing or wanted, available, found.memory.total, seconds, work, process)
 

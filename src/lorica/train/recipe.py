@@ -15,7 +15,7 @@ def method_of(settings: TrainSettings) -> Method:
     if settings.method == "lora":
         return _lora(settings)
     entry = methods.entry(settings.method)
-    given = {name: getattr(settings, name) for name in entry.reads}
+    given = {name: getattr(settings, name) for name in entry.reads if name != "targets"}
     return entry.kind(**{name: value for name, value in given.items() if value is not None})
 
 
@@ -24,7 +24,8 @@ def settings_of(method: Method) -> dict[str, Any]:
     if isinstance(method, LoRA):
         return _told(method)
     entry = methods.of(method)
-    return {"method": entry.name} | {name: getattr(method, name) for name in entry.reads}
+    told = {name: getattr(method, name) for name in entry.reads if name != "targets"}
+    return {"method": entry.name} | told
 
 
 def in_words(method: Method, targets: str) -> str:

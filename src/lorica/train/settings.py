@@ -22,9 +22,13 @@ LR_CAP = 2e-3
 class TrainSettings:
     """What is trained, on what, how and for how long."""
 
-    method: Literal["lora", "full", "top2", "bitfit", "adapter-h", "adapter-l", "adapter-p", "adapter-d"] = "lora"
+    method: Literal[
+        "lora", "full", "top2", "bitfit", "adapter-h", "adapter-l", "adapter-p", "adapter-d", "prefix-embedding",
+        "prefix-layer", "lora+prefix-embedding", "lora+prefix-layer",
+    ] = "lora"  # fmt: skip
     """What is trained: lora is a low-rank update of the targets, full every parameter, top2 the last two blocks, bitfit
-    every bias, adapter-* new layers of two small matrices and a nonlinearity."""
+    every bias, adapter-* new layers of two small matrices and a nonlinearity, prefix-* special tokens before and after
+    the prompt: their embeddings, or what every layer reads there too."""
     rank: int = 8
     """Rank of the update, r in the paper."""
     alpha: float = 16.0
@@ -57,6 +61,10 @@ class TrainSettings:
     """Width of the adapter layers, r in the paper."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     """Nonlinearity of the adapter layers."""
+    prefix: int | None = None
+    """Special tokens before the prompt. Default: 16 of prefix-embedding, else 8."""
+    infix: int | None = None
+    """Special tokens between prompt and completion. Default: 8, beside lora 4."""
     add_biases: bool = False
     """For bitfit: give linear layers without a bias one of zero, and train it."""
 
@@ -75,7 +83,7 @@ class TrainSettings:
 
     lr: float | None = None
     """Peak learning rate. Default: 5e-4 (2000 / width)^0.775, at most 2e-3; of full and top2 a tenth of that, of bitfit
-    8 times, of adapters half."""
+    8 times, of prefix-* 15 times, of adapters half."""
     lr_ratio: float = 1.0
     """LoRA+: B learns at this many times the rate of A; its paper takes 16. The default rate shrinks to suit."""
     epochs: float | None = None
@@ -183,7 +191,10 @@ _RULES = (
             "sample_len",
         )
     ),
-    *((name, *_NOT_NEGATIVE) for name in ("clip", "weight_decay", "eval_rows", "sample", "early_stop", "save_every")),
+    *(
+        (name, *_NOT_NEGATIVE)
+        for name in ("prefix", "infix", "clip", "weight_decay", "eval_rows", "sample", "early_stop", "save_every")
+    ),
     *(
         (name, lambda value: 0 <= value < 1, "at least 0 and below 1")
         for name in ("dropout", "held_out", "warmup", "label_smoothing")

@@ -42,11 +42,12 @@ def ready(model: nn.Module, tok: Any, data: Any, settings: TrainSettings) -> tup
     """
     if faults := settings.check():
         raise all_faults("these settings cannot be used:", faults)
-    prepared = prepare(data, tok, settings)
+    prepared = prepare(data, tok, _adopted(model, settings))
     guards.labelled(prepared.train, "training")
     guards.labelled(prepared.held, "held-out")
     equip(model, settings)
     guards.something(patch.trainable(model))
+    prepared.give(model)
     return prepared, resolved(model, settings, prepared)
 
 
@@ -74,6 +75,11 @@ def equip(model: nn.Module, settings: TrainSettings) -> None:
         raise all_faults("the model has an adapter already, and the settings are of another one:", faults)
 
 
+def _adopted(model: nn.Module, settings: TrainSettings) -> TrainSettings:
+    """The settings with the method that is on the model, if one is."""
+    return dataclasses.replace(settings, **_settings_of(model, settings)) if patch.adapters(model) else settings
+
+
 def resolved(model: nn.Module, settings: TrainSettings, data: Prepared) -> TrainSettings:
     """The settings with every rule applied: rate, length, measurements, format, and the method that is on the model."""
     found: dict[str, Any] = _settings_of(model, settings)
@@ -83,7 +89,7 @@ def resolved(model: nn.Module, settings: TrainSettings, data: Prepared) -> Train
         found["lr"] = float(f"{default_lr(hidden, found['method']) * _correction(model, settings):.2g}")
     if settings.steps is None and settings.epochs is None:
         found["epochs"] = DEFAULT_EPOCHS
-    steps = number_of_steps(settings, len(data.train))
+    steps = number_of_steps(settings, len(data.given))
     found["eval_every"] = measured_every(settings, steps)
     found["dtype"] = DTYPES.get(_dtype(model), "auto")
     return dataclasses.replace(settings, **found)
@@ -102,7 +108,7 @@ def facts(model: nn.Module, tok: Any, data: Prepared, settings: TrainSettings) -
     `detail` are the method's settings in words; only LoRA has a rank, alpha, scale and targets.
     """
     installed, count = patch.installed(model), patch.count(model)
-    steps = number_of_steps(settings, len(data.train))
+    steps = number_of_steps(settings, len(data.given))
     first = data.train[0]
     parameters = patch.trainable(model).values()
     return {
@@ -124,7 +130,7 @@ def facts(model: nn.Module, tok: Any, data: Prepared, settings: TrainSettings) -
         "held_out_all": data.held_all,
         "notes": data.notes,
         "steps": steps,
-        "epochs": round(steps / math.ceil(len(data.train) / settings.batch), 2),
+        "epochs": round(steps / math.ceil(len(data.given) / settings.batch), 2),
         "batch": settings.batch,
         "lr": settings.lr,
         "lr_from": _lr_from(model, settings),
