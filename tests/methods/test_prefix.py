@@ -215,6 +215,15 @@ def test_activations_computed_again_are_those_of_their_own_pass(make, layers):
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+def test_embeddings_hold_no_special_tokens_whatever_was_read_before():
+    model = equipped(llama, PrefixLayer(3, 2))
+    ids = torch.tensor(asked(model, [PROMPTS[1]]))
+    given = llama().get_input_embeddings()(ids % VOCAB)
+    model(input_ids=ids).logits.sum().backward()
+    found = model(inputs_embeds=given).logits
+    assert torch.equal(found, llama()(inputs_embeds=given).logits)
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_cached_generation_in_a_batch_gives_what_each_prompt_alone_gives(method):
     model = equipped(llama, method)

@@ -35,7 +35,10 @@ Patched = Iterator[tuple[str, str, nn.Module]]
 
 
 class Places:
-    """Where the special tokens are in the pass that runs: `index`, of the shape of the ids, is their row, or -1."""
+    """Where the special tokens are in the pass that runs: `index`, of the shape of the ids, is their row, or -1.
+
+    None between passes, and in one that is given embeddings instead of ids.
+    """
 
     index: Tensor | None = None
 
@@ -44,23 +47,23 @@ class _Overwrite(torch.autograd.Function):
     """``hidden [..., d]`` with ``rows [n, d]`` at the special tokens' places."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, rows: Tensor, places: Places) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, rows: Tensor, places: Places, ends: bool) -> Tensor:
         assert places.index is not None
-        ctx.places, ctx.index, ctx.n = places, places.index, len(rows)
+        ctx.places, ctx.index, ctx.ends, ctx.n = places, places.index, ends, len(rows)
         index = places.index.to(hidden.device)
         return torch.where((index >= 0)[..., None], rows.to(hidden.dtype)[index.clamp_min(0)], hidden)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         # A checkpointed block runs again after this, the last of its operations; it is to see the places of its own
-        # pass, whatever ran since.
-        ctx.places.index = ctx.index
+        # pass, whatever ran since. The step of the embedding `ends` the backward pass.
+        ctx.places.index = None if ctx.ends else ctx.index
         index = ctx.index.to(grad.device)
         kept = grad.masked_fill((index >= 0)[..., None], 0) if ctx.needs_input_grad[0] else None
         # A product instead of a scattered sum, whose order is not the same at every run on a GPU.
         hot = index.flatten() == torch.arange(ctx.n, device=grad.device)[:, None]
-        return kept, hot.float() @ grad.flatten(0, -2).float(), None
+        return kept, hot.float() @ grad.flatten(0, -2).float(), None, None
 
 
 class Rows(nn.Module):
@@ -76,38 +79,35 @@ class Rows(nn.Module):
         special = x >= layer.num_embeddings
         self.places.index = torch.where(special, x - layer.num_embeddings, -1)
         y = base(x.masked_fill(special, 0))
-        return _Overwrite.apply(y, self.rows * getattr(layer, "embed_scale", 1.0), self.places)
-
-    def silent(self) -> bool:
-        """Never: rows act from the start."""
-        return False
+        return _Overwrite.apply(y, self.rows * getattr(layer, "embed_scale", 1.0), self.places, True)
 
 
 class LayerRows(nn.Module):
-    """The activations of the special tokens after a block, ``rows [n, d]`` in fp32: a patch of the block."""
+    """The activations of the special tokens after a block, ``rows [n, d]`` in fp32: a patch of the block.
 
-    def __init__(self, rows: Tensor, places: Places) -> None:
+    `last`: no block after it is patched, so the places are done with.
+    """
+
+    def __init__(self, rows: Tensor, places: Places, last: bool) -> None:
         super().__init__()
         self.rows = nn.Parameter(rows)
-        self.places = places
+        self.places, self.last = places, last
 
     def forward(self, layer: nn.Module, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the block returns, its hidden states ``[..., d]`` overwritten at the special tokens."""
         out = base(*args, **kwargs)
         hidden = out[0] if isinstance(out, tuple) else out
         if self.places.index is None:
-            return out  # nothing was looked up: the model was given embeddings, which hold no special tokens
+            return out
         if self.places.index.shape != hidden.shape[:-1]:
             raise LoricaError(
                 f"prefix-layer: {type(layer).__name__} gives {tuple(hidden.shape)} for ids of"
                 f" {tuple(self.places.index.shape)}, so it is not known which of these are special tokens"
             )
-        hidden = _Overwrite.apply(hidden, self.rows, self.places)
+        hidden = _Overwrite.apply(hidden, self.rows, self.places, False)
+        if self.last:
+            self.places.index = None
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
-
-    def silent(self) -> bool:
-        """Never: rows act from the start."""
-        return False
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class PrefixEmbedding:
         places = Places()
         yield path, "prefix", Rows(first / getattr(embedding, "embed_scale", 1.0), places)
         for block, rows in zip(replaced, after, strict=True):
-            yield block, "prefix", LayerRows(rows, places)
+            yield block, "prefix", LayerRows(rows, places, last=block == replaced[-1])
 
     def selects(self, model: nn.Module, targets: Sequence[Target]) -> list[str]:
         """Nothing of the base."""
