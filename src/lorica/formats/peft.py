@@ -30,7 +30,7 @@ from torch import Tensor
 from lorica.errors import all_faults
 from lorica.formats import Contents, pair, stacks
 from lorica.formats.pair import load_config, load_tensors
-from lorica.formats.updates import only
+from lorica.formats.updates import in_any_order, only
 from lorica.lowrank import LoRA
 from lorica.targets import Target
 
@@ -152,6 +152,8 @@ def _config(contents: Contents) -> dict[str, Any]:
         ranks = _first({only(path, paths): r for path, r in exact.items()}, ranks)
         scaled = {only(path, paths): _alpha(method, method.scale_of(path), r) for path, r in exact.items()}
         alphas = _first(scaled, alphas)
+    keys = sorted({target.key for target in contents.targets})
+    ranks, alphas = in_any_order(ranks, keys, r), in_any_order(alphas, keys, alpha)
     rows = {key.removesuffix("#tokens.rows") for key in contents.tensors if key.endswith("#tokens.rows")}
     config: dict[str, Any] = {
         "peft_type": "LORA",

@@ -11,8 +11,9 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -230,6 +231,16 @@ def only(path: str, paths: Iterable[str]) -> str:
     others = [other for other in paths if other != path]
     tried = (plain, f"^{plain}", escaped, f"^{escaped}")
     return next(pattern for pattern in tried if not any(fits(pattern, other) for other in others))
+
+
+def in_any_order(patterns: Mapping[str, Any], keys: Sequence[str], default: Any) -> dict[str, Any]:
+    """Patterns that mean the same when sorted, as PEFT writes them again: where they do not, one for each target."""
+    found, ordered = {}, dict(sorted(patterns.items()))
+    for key in keys:
+        found[key] = next((value for pattern, value in patterns.items() if fits(pattern, key)), default)
+    if all(next((v for p, v in ordered.items() if fits(p, key)), default) == found[key] for key in keys):
+        return ordered
+    return {only(key, keys): value for key, value in found.items() if value != default}
 
 
 def _difference(was: Update | None, now: Update | None) -> Difference:
