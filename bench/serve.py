@@ -17,6 +17,7 @@ Prompts are random ids, the same for all contenders. Adapters are random too, an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300, help="of part registered")
     parser.add_argument("--exact", type=int, default=1000, help="requests of part exact")
     parser.add_argument("--soak", type=int, default=10_000, help="requests of part soak")
+    parser.add_argument("--folder", help="where adapters are made, and found again by the next run")
     parser.add_argument("--timeout", type=float, default=3600)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -121,17 +123,30 @@ class Served:
 
 
 def made(model: Any, folder: Path, name: str, r: int, targets: str, seed: int) -> None:
-    """An adapter with random factors, small enough that the base still speaks."""
+    """An adapter with random factors, small enough that the base still speaks; one that is there stays."""
     import torch
 
     import lorica
 
+    if (folder / name).is_dir():
+        return
     lorica.inject(model, lorica.LoRA(r=r, alpha=r), targets, name)
     generator = torch.Generator().manual_seed(seed)
     for key, factor in lorica.trainable(model, name).items():
         factor.data = torch.randn(factor.shape, generator=generator) * (0.05 if key.endswith("A") else 0.02)
     lorica.Adapter.of(model, name).save(folder / name)
     lorica.eject(model, name)
+
+
+@contextlib.contextmanager
+def place(options: Any) -> Iterator[Path]:
+    """The folder of adapters, for good or for the length of a block."""
+    if options.folder:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
+        yield Path(options.folder)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def prompts(options: Any, count: int, vocab: int) -> tuple[list[list[int]], str]:
@@ -166,18 +181,18 @@ def mixes(options: Any) -> dict[str, Any]:
     """What adapters cost in one batch of 16."""
     import lorica
 
-    with tempfile.TemporaryDirectory() as folder:
+    with place(options) as folder:
         plan: dict[str, list[str | None]] = {"base": [None] * 16, "one r8 all-linear": ["all-linear-r8-0"] * 16}
         model, _ = lorica.load(options.model, dtype="fp32")
         for targets in ("all-linear", "qv"):
             for i in range(16):
                 for r in {8, RANKS[i % len(RANKS)]}:
-                    made(model, Path(folder), f"{targets}-r{r}-{i}", r, targets, 100 * r + i)
+                    made(model, folder, f"{targets}-r{r}-{i}", r, targets, 100 * r + i)
             plan[f"16 r8 {targets}"] = [f"{targets}-r8-{i}" for i in range(16)]
             plan[f"16 mixed {targets}"] = [f"{targets}-r{RANKS[i % len(RANKS)]}-{i}" for i in range(16)]
-        adapter = lorica.Adapter.load(Path(folder) / "all-linear-r8-0")
+        adapter = lorica.Adapter.load(folder / "all-linear-r8-0")
         del model
-        served = Served(options, Path(folder))
+        served = Served(options, folder)
         ids, digest = prompts(options, 16, served.model.config.vocab_size)
 
         def merged() -> float:
@@ -212,11 +227,11 @@ def peers(options: Any) -> dict[str, Any]:
 
     import lorica
 
-    with tempfile.TemporaryDirectory() as folder:
+    with place(options) as folder:
         model, _ = lorica.load(options.model, dtype="fp32")
         for i in range(16):
-            made(model, Path(folder), f"qv-{i}", 8, "qv", i)
-        served = Served(options, Path(folder))
+            made(model, folder, f"qv-{i}", 8, "qv", i)
+        served = Served(options, folder)
         ids, digest = prompts(options, 16, model.config.vocab_size)
         given = torch.tensor(ids)
         count = {"max_new_tokens": options.answer, "min_new_tokens": options.answer, "do_sample": False}
@@ -261,14 +276,16 @@ def registered(options: Any) -> dict[str, Any]:
     from lorica.serve.engine import Sampling
     from lorica.serve.store import Store
 
-    with tempfile.TemporaryDirectory() as folder:
+    with place(options) as folder:
         model, _ = lorica.load(options.model, dtype="fp32")
-        made(model, Path(folder), "a0", 8, "qv", 0)
-        first = lorica.Adapter.load(Path(folder) / "a0")
+        made(model, folder, "a0", 8, "qv", 0)
+        first = lorica.Adapter.load(folder / "a0")
         for i in range(1, options.adapters):
+            if (folder / f"a{i}").is_dir():
+                continue
             moved = {key: tensor.roll(i) for key, tensor in first.tensors.items()}
-            dataclasses.replace(first, tensors=moved).save(Path(folder) / f"a{i}")
-        served = Served(options, Path(folder))
+            dataclasses.replace(first, tensors=moved).save(folder / f"a{i}")
+        served = Served(options, folder)
         ids, digest = prompts(options, options.requests, model.config.vocab_size)
         draw = random.Random(1)
         size = served.layers.rows(first).nbytes
@@ -303,7 +320,7 @@ def registered(options: Any) -> dict[str, Any]:
 
         few, many = zipf(5), zipf(options.adapters)
         every = [f"a{draw.randrange(64)}" for _ in range(options.requests)]
-        half = Store(served.layers.read, Path(folder), limit=32 * size)
+        half = Store(served.layers.read, folder, limit=32 * size)
         waits: dict[str, list[float]] = {"all": [], "half": []}
 
         def waiting(name: str, store: Store) -> float:
@@ -338,14 +355,14 @@ def exact(options: Any) -> dict[str, Any]:
 
     import lorica
 
-    with tempfile.TemporaryDirectory() as folder:
+    with place(options) as folder:
         model, _ = lorica.load(options.model, dtype="fp32")
         names: list[str | None] = [None]
         for i in range(16):
             targets = ("all-linear", "qv")[i % 2]
             names.append(f"{targets}-{i}")
-            made(model, Path(folder), f"{targets}-{i}", RANKS[i % len(RANKS)], targets, i)
-        served = Served(options, Path(folder))
+            made(model, folder, f"{targets}-{i}", RANKS[i % len(RANKS)], targets, i)
+        served = Served(options, folder)
         draw, jobs = random.Random(2), []
         for each in prompts(options, options.exact, model.config.vocab_size)[0]:
             jobs.append((draw.choice(names), each[: draw.randrange(4, len(each))]))
@@ -355,7 +372,7 @@ def exact(options: Any) -> dict[str, Any]:
         beyond = 0
         for name in names:
             if name:
-                lorica.Adapter.load(Path(folder) / name).apply(model)
+                lorica.Adapter.load(folder / name).apply(model)
                 lorica.merge(model, check=False)
             for (whose, ids), answer in zip(jobs, said, strict=True):
                 if whose != name:
@@ -389,11 +406,12 @@ def soak(options: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=512, **shape)).eval()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as made_here:
+        folder = Path(made_here)
         for i in range(40):
-            made(model, Path(folder), f"a{i}", RANKS[i % len(RANKS)], "all-linear", i)
+            made(model, folder, f"a{i}", RANKS[i % len(RANKS)], "all-linear", i)
         layers = Layers(model)
-        store = Store(layers.read, Path(folder), limit=1_500_000)
+        store = Store(layers.read, folder, limit=1_500_000)
         engine, _ = open_engine(model, layers, EngineSettings(requests=16, batch_tokens=128, kv_tokens=4096, page=16))
         counts = {"length": 0, "cancelled": 0, "refused": 0, "wrong": 0}
         memory: list[int] = []

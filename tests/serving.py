@@ -22,9 +22,16 @@ KINDS = {
     "rslora": (LoRA(r=8, scaling="alpha/sqrt(r)"), "all-linear"),
     "patterns": (LoRA(r=4, ranks={"q_proj": 16}, alphas={"o_proj": 3.0}), "q_proj,o_proj,down_proj"),
     "r64": (LoRA(r=64), "mlp"),
+    "dora": (LoRA(r=4, dora=True), "all-linear"),
+    "dora2": (LoRA(r=4, dora=True), "all-linear"),
     "head": (LoRA(r=4), "all-linear,lm_head"),
 }
-FUSED = {"q": (LoRA(r=4), "c_attn[q]"), "qv": (LoRA(r=3), "c_attn[q,v],c_proj"), "all": (LoRA(r=8), "all-linear")}
+FUSED = {
+    "q": (LoRA(r=4), "c_attn[q]"),
+    "qv": (LoRA(r=3), "c_attn[q,v],c_proj"),
+    "all": (LoRA(r=8), "all-linear"),
+    "dora": (LoRA(r=4, dora=True), "c_fc,c_proj"),
+}
 PHI = {
     "qv": (LoRA(r=3), "qkv_proj[q,v]"),
     "up": (LoRA(r=8), "gate_up_proj[up]"),

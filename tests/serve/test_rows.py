@@ -72,6 +72,7 @@ def rows_of(layers, names):
     return {name: layers.rows(Adapter.of(merged()[name])) for name in names}
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["products", "masked"])
 @pytest.mark.parametrize(
     "parts",
     [
@@ -79,11 +80,13 @@ def rows_of(layers, names):
         [("qv", 1), ("qv2", 1), ("qv3", 1)],
         [(None, 3), ("qv", 1), ("rslora", 7), ("qv3", 1), ("patterns", 2), ("qv", 4), ("qv2", 1)],
         [("head", 1), ("qv", 1), (None, 1), ("r64", 1), ("qv2", 1), ("patterns", 1), ("rslora", 9)],
+        [("dora", 1), ("qv", 1), (None, 1), ("dora2", 1), ("qv2", 1)],
+        [("qv", 2), ("dora", 3), (None, 1)],
     ],
-    ids=["one", "stacked", "prefill and decode", "every kind"],
+    ids=["one", "stacked", "prefill and decode", "every kind", "magnitudes stacked", "magnitudes"],
 )
-def test_a_mixed_forward_gives_what_each_part_alone_gives_on_merged_weights(layers, parts):
-    """One row of tokens without attention between parts: each part is a batch row of equal length padded by itself."""
+def test_a_mixed_forward_gives_what_each_part_alone_gives_on_merged_weights(layers, parts, masked, monkeypatch):
+    monkeypatch.setattr(layers, "masked", masked)  # as on a GPU
     made = rows_of(layers, {name for name, _ in parts if name})
     plan = layers.plan([(made.get(name), count) for name, count in parts])
     ordered = [parts[place] for place in plan.order]

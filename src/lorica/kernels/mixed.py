@@ -29,6 +29,15 @@ def segment(y: Tensor, s: Tensor, B: Tensor) -> None:
     y.addmm_(s, B)
 
 
+def gained(y: Tensor, gain: Tensor, bias: Tensor | None) -> None:
+    """``y = gain (y - b) + b`` in place: DoRA's gain on the base's output, ``[out]`` or one per row, ``[n, out]``."""
+    if bias is not None:
+        y.sub_(bias)
+    y.mul_(gain)
+    if bias is not None:
+        y.add_(bias)
+
+
 def stacked_down(x: Tensor, A: Tensor) -> Tensor:
     """``s [n, 1, r]`` for ``x [n, in]`` and one ``A [r, in]`` per token, ``[n, r, in]``."""
     return torch.bmm(x.unsqueeze(1), A.transpose(1, 2))
@@ -48,6 +57,6 @@ def masked(y: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> None:
 
 
 def mask_of(owners: Sequence[int], ranks: Sequence[int], like: Tensor) -> Tensor:
-    """The mask of `masked` for adapters of these ranks, stacked in order."""
+    """The mask of `masked` for adapters of these ranks, their rows in order."""
     rows = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
     return (torch.tensor(owners)[:, None] == rows).to(like)

@@ -141,12 +141,12 @@ class Requests:
         """A request is over; where the loop only says so, why is known from its last token."""
         with self._lock:
             request = self.by_id.pop(id, None)
-        if request is None:
-            return
+            if request is None:
+                return
+            request.state = "ended"
+            self._counts["prompt_tokens"] += len(request.ids)
+            self._counts["cached_tokens"] += request.cached
         reason = reason or ("stop" if request.stopped else "length")
-        request.state = "ended"
-        self._counts["prompt_tokens"] += len(request.ids)
-        self._counts["cached_tokens"] += request.cached
         if request.lease:
             request.lease.release()
         request.stream.put(End(reason, request.cached, error))

@@ -18,35 +18,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lorica import weights
+from lorica import dora, weights
 from lorica.adapter import Adapter
 from lorica.errors import LoricaError, all_faults
 from lorica.kernels import mixed
+from lorica.serve.stack import Rows, Stack, Up
 from lorica.targets import candidates
 
-Part = tuple["Rows | None", int]  # an adapter, None for the base, and how many token rows it has
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """An adapter as the layers take it; a `store.Payload`.
-
-    Attributes:
-        downs: by group, ``A [R, in]`` of its layers on top of each other.
-        ups: by layer, which rows of that are its, and ``B [r, out]`` with the scale folded in.
-        shape: the same for adapters that can be stacked.
-    """
-
-    downs: dict[int, Tensor]
-    ups: dict[int, tuple[int, int, Tensor]]
-    shape: tuple[tuple[int, int], ...]
-    rank: int
-    nbytes: int
+_FEW = 64  # tokens of adapters in a step that mostly decodes
+Part = tuple[Rows | None, int]  # an adapter, None for the base, and how many token rows it has
 
 
 @dataclass(frozen=True)
@@ -57,50 +42,14 @@ class Plan:
     work: list[Any]
 
 
-class _Stack:
-    """Adapters of one shape, one slot each and no slot empty, stacked for batched products."""
+class _Masked(NamedTuple):
+    """The work of one layer for a few tokens of many adapters, as `kernels.mixed.masked` does it."""
 
-    def __init__(self) -> None:
-        self.slots: list[Rows] = []
-        self.downs: dict[int, Tensor] = {}
-        self.ups: dict[int, tuple[int, int, Tensor]] = {}
-
-    def place(self, wanted: list[Rows]) -> list[Rows]:
-        """Give every adapter a slot, moving as few as possible; the adapters by slot."""
-        kept = set(wanted)
-        new = [each for each in wanted if each not in set(self.slots)]
-        slots: list[Rows | None] = [each if each in kept else None for each in self.slots]
-        while len(slots) > len(wanted):
-            last = slots.pop()
-            if last is not None:
-                new.append(last)
-        slots += [None] * (len(wanted) - len(slots))
-        self._grow(len(slots), wanted[0])
-        for place, each in enumerate(slots):
-            if each is None:
-                slots[place] = fresh = new.pop()
-                for group, A in fresh.downs.items():
-                    self.downs[group][place].copy_(A)
-                for layer, (_, _, B) in fresh.ups.items():
-                    self.ups[layer][2][place].copy_(B)
-        self.slots = slots  # type: ignore[assignment]
-        return self.slots
-
-    def _grow(self, count: int, like: Rows) -> None:
-        have = next(iter(self.downs.values())).shape[0] if self.downs else 0
-        if count <= have:
-            return
-        room = max(count, 2 * have)
-
-        def larger(old: Tensor | None, one: Tensor) -> Tensor:
-            new = one.new_empty(room, *one.shape)
-            if old is not None:
-                new[:have] = old
-            return new
-
-        self.downs = {group: larger(self.downs.get(group), A) for group, A in like.downs.items()}
-        old = {layer: B for layer, (_, _, B) in self.ups.items()}
-        self.ups = {layer: (lo, hi, larger(old.get(layer), B)) for layer, (lo, hi, B) in like.ups.items()}
+    tokens: int
+    A: Tensor
+    B: Tensor
+    mask: Tensor
+    gain: Tensor | None
 
 
 class _Layer:
@@ -112,6 +61,13 @@ class _Layer:
         self.path, self.module, self.index = path, module, index
         self.out, self.into = kind.shape(module)
         self.group = _Group(index)
+
+    def gain(self, A: Tensor, B: Tensor, m: Tensor, scale: float) -> Tensor:
+        """DoRA's ``m / ||W + scale B A||`` of this layer ``[out]``."""
+        kind = weights.storage(self.module)
+        assert kind is not None
+        W = kind.read(self.module)
+        return dora.gain(m, dora.norms(W, A.to(W.device), B.to(W.device), scale).to(m.device))
 
 
 class _Group:
@@ -138,7 +94,8 @@ class Layers:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         self.head = next((layer.index for layer in self.layers if layer.module is head), None)
         self.work: list[Any] = [None] * len(self.layers)
-        self._stacks: dict[tuple, _Stack] = {}
+        self.masked = bool(self.model.device.type == "cuda")  # few calls count there, arithmetic does not
+        self._stacks: dict[tuple, Stack] = {}
         self._last: tuple[Any, Plan] | None = None
         self._join()
 
@@ -182,16 +139,23 @@ class Layers:
             work = self.work[index]
             if work is None:
                 return y
+            rows, flat = x.reshape(-1, into), y.view(-1, out)
+            if isinstance(work, _Masked):
+                n, A, B, mask, gain = work
+                if gain is not None:
+                    mixed.gained(flat[:n], gain, module.bias)
+                mixed.masked(flat[:n], rows[:n], A, B, mask)
+                return y
             downs, ups, last = work
-            rows = x.reshape(-1, into)
             if group.x is not x:
                 group.x = x
                 group.products = [
                     mixed.stacked_down(rows[a:b], A) if A.ndim == 3 else torch.mm(rows[a:b], A.T) for a, b, A in downs
                 ]
-            flat = y.view(-1, out)
-            for place, a, b, lo, hi, B in ups:
+            for place, a, b, (lo, hi, B, gain) in ups:
                 s = group.products[place]
+                if gain is not None:
+                    mixed.gained(flat[a:b], gain, module.bias)
                 if B.ndim == 3:
                     mixed.stacked_up(flat[a:b], s[:, :, lo:hi], B)
                 else:
@@ -214,31 +178,62 @@ class Layers:
         for rows, count in parts:
             if rows is not None:
                 totals[rows] += count
+        few = self.masked and len(totals) > 1 and totals.total() <= _FEW
+        runs = [([rows], None) for rows in totals] if few else self._runs(totals)
+        turn = {rows: place for place, rows in enumerate(rows for run, _ in runs for rows in run)}
+        order = sorted(range(len(parts)), key=lambda i: turn.get(parts[i][0], len(turn)))  # type: ignore[arg-type]
+        work = self._masked(totals) if few else self._work(runs, totals)
+        if kept is not None and self.head is not None and work[self.head]:
+            last = Counter(rows for (rows, _), keep in zip(parts, kept, strict=True) if keep)
+            seen = Counter({rows: last[rows] for rows in totals})
+            work[self.head] = (self._masked(seen) if few else self._work(runs, seen))[self.head]
+        self._last = (key, Plan(order, work))
+        return self._last[1]
+
+    def _runs(self, totals: Counter[Rows]) -> list[tuple[list[Rows], Stack | None]]:
+        """Adapters in the order of their tokens: those of one shape that have one token each in a stack, by slot."""
         shapes = Counter(rows.shape for rows, total in totals.items() if total == 1)
         stacks: dict[tuple, list[Rows]] = {}
         for rows, total in totals.items():
             if total == 1 and shapes[rows.shape] > 1:
                 stacks.setdefault(rows.shape, []).append(rows)
-        self._stacks = {shape: self._stacks.get(shape) or _Stack() for shape in stacks}
-        runs: list[tuple[list[Rows], _Stack | None]] = [
+        self._stacks = {shape: self._stacks.get(shape) or Stack() for shape in stacks}
+        runs: list[tuple[list[Rows], Stack | None]] = [
             (self._stacks[shape].place(wanted), self._stacks[shape]) for shape, wanted in stacks.items()
         ]
         stacked = {rows for wanted in stacks.values() for rows in wanted}
         runs += [([rows], None) for rows in totals if rows not in stacked]
-        turn = {rows: place for place, rows in enumerate(rows for run, _ in runs for rows in run)}
-        order = sorted(range(len(parts)), key=lambda i: turn.get(parts[i][0], len(turn)))  # type: ignore[arg-type]
-        work = self._work(runs, totals)
-        if kept is not None and self.head is not None and work[self.head]:
-            seen = Counter(rows for (rows, _), keep in zip(parts, kept, strict=True) if keep and rows is not None)
-            work[self.head] = self._work(runs, seen)[self.head]
-        self._last = (key, Plan(order, work))
-        return self._last[1]
+        return runs
 
-    def _work(self, runs: Sequence[tuple[list[Rows], _Stack | None]], counts: Counter[Rows]) -> list[Any]:
+    def _masked(self, counts: Counter[Rows]) -> list[Any]:
+        """By layer, a `_Masked`."""
+        work: list[Any] = []
+        owners = [place for place, rows in enumerate(counts) for _ in range(counts[rows])]
+        masks: dict[tuple[int, ...], Tensor] = {}
+        for layer in self.layers:
+            ups = [rows.ups.get(layer.index) for rows in counts]
+            there = [(rows.downs[layer.group.index], up) for rows, up in zip(counts, ups, strict=True) if up]
+            if not there or not owners:
+                work.append(None)
+                continue
+            A = torch.cat([A[up.lo : up.hi] for A, up in there])
+            ranks = tuple(up.hi - up.lo if up else 0 for up in ups)
+            if ranks not in masks:
+                masks[ranks] = mixed.mask_of(owners, ranks, A)
+            gain = None
+            if any(up.gain is not None for _, up in there):
+                none = A.new_ones(layer.out)
+                every = [none if up is None or up.gain is None else up.gain for up in ups]
+                gain = torch.stack([every[owner] for owner in owners])
+            B = torch.cat([up.B for _, up in there])
+            work.append(_Masked(len(owners), A, B, masks[ranks], gain))
+        return work
+
+    def _work(self, runs: Sequence[tuple[list[Rows], Stack | None]], counts: Counter[Rows]) -> list[Any]:
         """By layer ``(downs, ups, last)``.
 
-        A down is ``(start, stop, A)``; an up is ``(place in downs, start, stop, from, to, B)``; `last` says that no
-        other layer of the group reads the products.
+        A down is ``(start, stop, A)``; an up is ``(place in downs, start, stop, Up)``; `last` says that no other layer
+        of the group reads the products.
         """
         downs: dict[int, list[Any]] = {}
         ups: dict[int, list[Any]] = {}
@@ -253,9 +248,9 @@ class Layers:
                     for group, A in source.downs.items():  # type: ignore[union-attr]
                         places[group] = len(downs.setdefault(group, []))
                         downs[group].append((start, stop, A[: len(run)] if whole else A))
-                    for layer, (lo, hi, B) in source.ups.items():  # type: ignore[union-attr]
+                    for layer, up in source.ups.items():  # type: ignore[union-attr]
                         place = places[self.layers[layer].group.index]
-                        ups.setdefault(layer, []).append((place, start, stop, lo, hi, B[: len(run)] if whole else B))
+                        ups.setdefault(layer, []).append((place, start, stop, up.sliced(len(run)) if whole else up))
                 start = stop
         last = {
             self.layers[index].group.index: index for index in sorted(ups, key=lambda index: self._called.get(index, 0))
@@ -281,10 +276,11 @@ class Layers:
         """An adapter as the layers take it."""
         tensors = dict(adapter.tensors)
         found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        gains: dict[int, Tensor] = {}
         faults = []
         for target in adapter.targets:
             layer, part = self._by_path.get(target.path), target.part or "lora"
-            A, B = (tensors.pop(f"{target.path}#{part}.{factor}", None) for factor in "AB")
+            A, B, m = (tensors.pop(f"{target.path}#{part}.{name}", None) for name in "ABm")
             if layer is None or A is None or B is None:
                 faults.append(f"{target}: no linear layer of this model, so it is served merged only")
                 continue
@@ -292,31 +288,36 @@ class Layers:
             if A.shape[-1] != layer.into or B.shape[0] != rows[1] - rows[0] or rows[1] > layer.out:
                 faults.append(f"{target}: A {tuple(A.shape)}, B {tuple(B.shape)}; layer ({layer.out}, {layer.into})")
                 continue
+            scale = adapter.method.scale_of(target.key)
             whole = B.new_zeros(A.shape[0], layer.out)
-            whole[:, rows[0] : rows[1]] = B.T * adapter.method.scale_of(target.key)
+            whole[:, rows[0] : rows[1]] = B.T * scale
+            if m is not None:
+                gains[layer.index] = gain = layer.gain(A, B, m, scale)
+                whole *= gain
             found.setdefault(layer.index, []).append((A, whole))
         faults += [f"{key}: trained beside the low-rank updates, so it is served merged only" for key in tensors]
         if faults or not found:
             raise all_faults("this adapter cannot be mixed with others on this base:", faults or ["it has no targets"])
-        return self._made(found)
+        return self._made(found, gains)
 
-    def _made(self, found: dict[int, list[tuple[Tensor, Tensor]]]) -> Rows:
+    def _made(self, found: dict[int, list[tuple[Tensor, Tensor]]], gains: dict[int, Tensor]) -> Rows:
         stacks: dict[int, list[Tensor]] = {}
-        ups: dict[int, tuple[int, int, Tensor]] = {}
+        ups: dict[int, Up] = {}
         for index in sorted(found):
             layer = self.layers[index]
             like = next(layer.module.parameters())
-            to = {"device": like.device, "dtype": like.dtype if like.is_floating_point() else self.model.dtype}
-            A = torch.cat([A for A, _ in found[index]]).to(**to)  # type: ignore[call-overload]
-            B = torch.cat([B for _, B in found[index]]).to(**to).contiguous()  # type: ignore[call-overload]
+            to: Any = {"device": like.device, "dtype": like.dtype if like.is_floating_point() else self.model.dtype}
+            A = torch.cat([A for A, _ in found[index]]).to(**to)
+            B = torch.cat([B for _, B in found[index]]).to(**to).contiguous()
             above = stacks.setdefault(layer.group.index, [])
             lo = sum(each.shape[0] for each in above)
             above.append(A)
-            ups[index] = (lo, lo + A.shape[0], B)
+            ups[index] = Up(lo, lo + A.shape[0], B, gains[index].to(**to) if index in gains else None)
         downs = {group: torch.cat(each).contiguous() for group, each in stacks.items()}
-        nbytes = sum(A.nbytes for A in downs.values()) + sum(B.nbytes for _, _, B in ups.values())
-        shape = tuple((index, hi - lo) for index, (lo, hi, _) in ups.items())
-        return Rows(downs, ups, shape, max(r for _, r in shape), nbytes)
+        kept = [*downs.values(), *(up.B for up in ups.values()), *(up.gain for up in ups.values())]
+        shape = tuple((index, up.hi - up.lo, up.gain is not None) for index, up in ups.items())
+        nbytes = sum(tensor.nbytes for tensor in kept if tensor is not None)
+        return Rows(downs, ups, shape, max(r for _, r, _ in shape), nbytes)
 
 
 def _fits(module: nn.Module) -> bool:
