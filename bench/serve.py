@@ -139,7 +139,7 @@ def made(model: Any, folder: Path, name: str, r: int, targets: str, seed: int) -
 
 
 @contextlib.contextmanager
-def place(options: Any) -> Iterator[Path]:
+def adapters_in(options: Any) -> Iterator[Path]:
     """The folder of adapters, for good or for the length of a block."""
     if options.folder:
         Path(options.folder).mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ def mixes(options: Any) -> dict[str, Any]:
     """What adapters cost in one batch of 16."""
     import lorica
 
-    with place(options) as folder:
+    with adapters_in(options) as folder:
         plan: dict[str, list[str | None]] = {"base": [None] * 16, "one r8 all-linear": ["all-linear-r8-0"] * 16}
         model, _ = lorica.load(options.model, dtype="fp32")
         for targets in ("all-linear", "qv"):
@@ -227,7 +227,7 @@ def peers(options: Any) -> dict[str, Any]:
 
     import lorica
 
-    with place(options) as folder:
+    with adapters_in(options) as folder:
         model, _ = lorica.load(options.model, dtype="fp32")
         for i in range(16):
             made(model, folder, f"qv-{i}", 8, "qv", i)
@@ -276,7 +276,7 @@ def registered(options: Any) -> dict[str, Any]:
     from lorica.serve.engine import Sampling
     from lorica.serve.store import Store
 
-    with place(options) as folder:
+    with adapters_in(options) as folder:
         model, _ = lorica.load(options.model, dtype="fp32")
         made(model, folder, "a0", 8, "qv", 0)
         first = lorica.Adapter.load(folder / "a0")
@@ -355,7 +355,7 @@ def exact(options: Any) -> dict[str, Any]:
 
     import lorica
 
-    with place(options) as folder:
+    with adapters_in(options) as folder:
         model, _ = lorica.load(options.model, dtype="fp32")
         names: list[str | None] = [None]
         for i in range(16):
