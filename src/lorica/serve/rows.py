@@ -131,11 +131,11 @@ class Layers:
             yield
 
     def _forward(self, layer: _Layer) -> Any:
-        base, index, group = type(layer.module).forward, layer.index, layer.group
-        module, into, out = layer.module, layer.into, layer.out
+        module: Any = layer.module
+        base, index, group, into, out = type(module).forward, layer.index, layer.group, layer.into, layer.out
 
         def forward(x: Tensor) -> Tensor:
-            y = base(module, x)  # type: ignore[operator]
+            y = base(module, x)
             work = self.work[index]
             if work is None:
                 return y
