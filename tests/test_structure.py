@@ -29,6 +29,7 @@ LAYERS = [
     {"insertion"},
     {"evaluate", "inspect", "passes"},
     {"plan"},
+    {"tasks"},
     {"train", "analysis", "serve", "counts", "export", "expression"},
     {"quickstart", "hub"},
     {"cli"},

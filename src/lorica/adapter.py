@@ -19,7 +19,7 @@ from lorica import algebra, beside, formats, patch, weights
 from lorica.errors import LoricaError, all_faults
 from lorica.formats import Contents, mlx, pair
 from lorica.lowrank import LoRA
-from lorica.targets import Target, candidates
+from lorica.targets import Target, candidates, head_parameters, task_head
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -63,6 +63,8 @@ class Adapter:
             "task_type": next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), ""),
             **({"target_modules": json.dumps(_short_names(model, paths))} if record.targets else {}),
         } | ({"quantize": packing} if (packing := patch.packing(model)) else {})
+        if head := [path for path in task_head(model) if any(key.startswith(f"{path}.") for key in record.selected)]:
+            known["head"] = json.dumps(head)
         tensors = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in record.tensors().items()}
         about = MappingProxyType(known | dict(meta or {}))
         return cls(record.method, tuple(record.targets), MappingProxyType(tensors), about)
@@ -102,7 +104,8 @@ class Adapter:
         # Its tensors replace what an initialiser makes, and loftq's costs a second copy of the base.
         again = isinstance(self.method, LoRA) and self.method.init == "loftq"
         method = dataclasses.replace(self.method, init="kaiming") if again else self.method
-        patched = patch.inject(model, method, targets, name)
+        also = [key for key in head_parameters(model) if key in self.tensors]
+        patched = patch.inject(model, method, targets, name, also)
         own = patch.trainable(model, name)
         faults += [f"missing  {key}" for key in own if key not in self.tensors]
         faults += [

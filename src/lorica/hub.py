@@ -223,6 +223,7 @@ def _facts(place: Path, source: _Source, adapter: Adapter, about: dict[str, str]
         "targets_found": found["targets"],
         "trainable": found["parameters"],
         "task": adapter.meta.get("task_type", ""),
+        "labels": told.get("labels") or dict.fromkeys(json.loads(adapter.meta.get("labels", "[]"))),
         "layout": _layout(place),
         "vllm_refuses": found["vllm"].get("refused", ""),
         "trained_on": ", ".join([*trained_on, *([f"packed as {packing}"] if packing else [])]),

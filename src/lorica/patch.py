@@ -41,7 +41,7 @@ from lorica.state import (
     set_active,
     state_of,
 )
-from lorica.targets import Target, resolve
+from lorica.targets import FRESH, Target, resolve
 
 __all__ = [
     "Count",
@@ -101,9 +101,15 @@ class Count:
 
 
 def inject(
-    model: nn.Module, method: Method, targets: str | Sequence[str | Target] = "all-linear", name: str = "default"
+    model: nn.Module,
+    method: Method,
+    targets: str | Sequence[str | Target] = "all-linear",
+    name: str = "default",
+    also: Iterable[str] = (),
 ) -> list[str]:
     """Put a method's patches on a model under an adapter name, make it the active one and freeze all else.
+
+    `also` names parameters that are trained whole beside what the method selects, such as a new head's.
 
     Returns the targets patched, in the model's order, or the layers that a method patches by itself. Raises with every
     target that does not fit; the model is then untouched. The model's train or eval mode stays.
@@ -120,7 +126,7 @@ def inject(
         raise LoricaError(f"{method.name} finds its places itself and takes no targets, but {targets!r} is given")
     chosen = resolve(model, targets) if method.takes_targets else []
     made = list(method.patches(model, chosen))
-    selected = _copies(model, method.selects(model, chosen))
+    selected = _copies(model, dict.fromkeys([*method.selects(model, chosen), *also]))
     if not made and not selected:
         raise LoricaError(f"{method.name} selects nothing on this model, so there would be nothing to train")
     if not state.adapters:
@@ -213,9 +219,12 @@ def installed(model: nn.Module, name: str | None = None) -> Installed:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """`weights.fingerprint` of the base under whatever is on it."""
+    """`weights.fingerprint` of the base under whatever is on it, a new head aside: that is part of no checkpoint."""
+    fresh = getattr(model, FRESH, ())
     return weights.fingerprint(
-        (name, model.get_submodule(name.rpartition(".")[0]), parameter) for name, parameter in base_parameters(model)
+        (name, model.get_submodule(name.rpartition(".")[0]), parameter)
+        for name, parameter in base_parameters(model)
+        if name not in fresh
     )
 
 

@@ -40,6 +40,7 @@ PRESETS: dict[str, str] = {
     "paper": "the same as qv: what the paper adapts in its main experiments (section 4.2)",
 }
 CHILD = "lorica"  # the name under which a patched layer holds its patches
+FRESH = "_lorica_fresh"  # on a model, the names of its parameters that no checkpoint holds: a new task head
 
 _QUERY_VALUE = {
     "q": {"q_proj", "query", "q_lin", "query_proj", "wq", "q"},
@@ -154,6 +155,29 @@ def slices(model: nn.Module, path: str) -> dict[str, tuple[int, int]]:
     return _ranges(q=heads * head, k=kv_heads * head, v=kv_heads * head) if out % (heads + 2 * kv_heads) == 0 else {}
 
 
+def task_head(model: nn.Module) -> list[str]:
+    """Paths of what is trained whole in a model for sequence classification, whatever the method.
+
+    All that lies beside the body, as the paper's code has it, and what is new inside (a pooler that the checkpoint
+    lacks); nothing of other models.
+    """
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return []
+    body = getattr(model, "base_model_prefix", "")
+    beside = [
+        name for name, child in model.named_children() if name != body and next(child.parameters(), None) is not None
+    ]
+    inside = {key.rpartition(".")[0] for key in getattr(model, FRESH, ()) if key.split(".")[0] == body}
+    return [*beside, *sorted(inside)]
+
+
+def head_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters in `task_head`, as the model without adapters has them."""
+    heads = tuple(f"{path}." for path in task_head(model))
+    names = (name for name, _ in model.named_parameters() if f".{CHILD}." not in f".{name}")
+    return [name for name in names if name.startswith(heads)] if heads else []
+
+
 def input_embedding(model: nn.Module) -> nn.Module | None:
     """The layer that looks ids up; None for a model that reads no ids."""
     try:
@@ -262,6 +286,7 @@ def _preset(model: nn.Module, name: str, layers: dict[str, nn.Module]) -> list[t
         if not (_kind(layer).takes_ids or _kind(layer).name in _STORED)
         and layer is not head
         and not _HEADS & set(path.split("."))
+        and not any(f"{path}.".startswith(f"{whole}.") for whole in task_head(model))
     ]
     if name in _STORED:
         return [(path, ()) for path, layer in layers.items() if _kind(layer).name == name]

@@ -18,8 +18,9 @@ import lorica
 from lorica import Adapter, LoRA, LoricaError, TrainSettings, evaluate
 from lorica.data import encode, split
 from lorica.formats.card import card
+from lorica.tasks.language import question_and_answer
 from lorica.train import folder
-from lorica.train.examples import prepare, question_and_answer
+from lorica.train.examples import prepare
 from lorica.train.report import Terminal, duration, number, size
 
 

@@ -147,6 +147,17 @@ def test_long_examples_are_not_put_into_one_micro_batch():
     long = [Example([2] * 900, [False] + [True] * 899) for _ in range(5)]
     assert [len(piece) for piece in cut(long, None)] == [2, 2, 1]
     assert [len(piece) for piece in cut(long, 5)] == [5]
+
+
+def test_padding_is_weighed_against_the_cost_of_a_pass():
+    rows = [Example([2] * length, [False] + [True] * (length - 1)) for length in (9, 60, 10, 8, 61, 9)]
+    assert cut(rows, None, tokens=768) == [[3, 0, 5, 2], [1, 4]]
+    assert len(cut(rows, None)) == 1  # on a GPU one pass costs more than the padding
+    assert len(cut(rows[:1] + rows[2:4], None, tokens=768)) == 1
+
+
+def test_long_examples_are_put_into_packs_that_hold_them():
+    long = [Example([2] * 900, [False] + [True] * 899) for _ in range(5)]
     assert [len(piece) for piece in packs(long, None)] == [2, 2, 1]
 
 

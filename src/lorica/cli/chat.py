@@ -18,7 +18,7 @@ from lorica.cli.eval import trained_with
 from lorica.cli.parse import Common, WrongUse
 
 if TYPE_CHECKING:
-    from lorica.evaluate import Talk
+    from lorica.evaluate import Judgement, Talk
 
 HELP = {
     "/base": "let the base model answer instead of the adapter, or the adapter again",
@@ -33,8 +33,8 @@ HELP = {
 
 @dataclass(kw_only=True)
 class Settings(Common):
-    """Talk to X. Answers go to stdout, all else to stderr; where stdin is no terminal, each of its lines is a
-    message. -o FILE adds the talk to FILE at the end, as a row to train on."""
+    """Talk to X; a classifier or regressor judges each line. Answers go to stdout, all else to stderr; where stdin is
+    no terminal, each of its lines is a message. -o FILE adds the talk to FILE at the end, as a row to train on."""
 
     x: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="X")]
     """A model, an adapter or a run."""
@@ -60,15 +60,16 @@ class Settings(Common):
 
 def run(settings: Settings) -> int | dict[str, Any]:
     """Answer until there is nothing more to answer."""
-    from lorica import evaluate, models
+    from lorica import models
     from lorica.cli.terminal import progress
+    from lorica.tasks import task_of
 
     if settings.max_new < 1 or settings.temperature < 0:
         raise WrongUse("--max-new must be 1 or more, --temperature 0 or more")
     with progress(settings.quiet or settings.json) as tell:
         how = {"dtype": settings.dtype, "device": settings.device, "quantize": settings.quantize}
         opened = models.open_thing(settings.x, progress=tell, **how)
-    talk = evaluate.Talk(
+    talk = task_of(opened.model).talk(
         opened.model,
         opened.tok,
         system=settings.system or trained_with(settings.x).get("system", ""),
@@ -95,7 +96,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
 class _Chat:
     """The terminal's side of a talk."""
 
-    def __init__(self, settings: Settings, talk: Talk) -> None:
+    def __init__(self, settings: Settings, talk: Talk | Judgement) -> None:
         self.settings, self.talk = settings, talk
         self.turns: list[dict[str, str]] = []
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -104,8 +105,8 @@ class _Chat:
         """Messages and commands until they end. What cannot be done is said, and the talk goes on."""
         from lorica.errors import LoricaError
 
-        if self.talk.plain:
-            self.note("no chat template: each message is continued as plain text, by itself")
+        if self.talk.hint:
+            self.note(self.talk.hint)
         self.note(f"{self.who()} answers; /help lists the commands")
         for line in self.messages():
             try:
@@ -145,7 +146,7 @@ class _Chat:
         elif name == "/retry":
             self.answer(self.talk.retry())
         elif name == "/system":
-            self.talk.system = rest
+            self.talk.instruct(rest)
             self.note("system prompt set" if rest else "no system prompt")
         elif name == "/save":
             self.save(rest)

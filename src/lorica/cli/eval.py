@@ -14,15 +14,15 @@ import tyro
 from lorica.cli.parse import Common, WrongUse
 
 if TYPE_CHECKING:
-    from lorica.data import Record
-    from lorica.evaluate import Score
     from lorica.models import Opened
+    from lorica.tasks import Task
 
 
 @dataclass(kw_only=True)
 class Settings(Common):
     """Measure X on DATA: loss, perplexity and, where rows have an answer, how many it gives exactly (white space
-    aside). -o FILE keeps the numbers and every answer as JSON."""
+    aside); of a classifier accuracy, F1 and Matthews, of a regressor Pearson and Spearman. -o FILE keeps the numbers
+    and every answer as JSON."""
 
     x: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="X")]
     """A model, an adapter or a run."""
@@ -60,6 +60,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
     """Measure every contender and print them side by side."""
     from lorica import evaluate, models
     from lorica.cli.terminal import progress
+    from lorica.tasks import task_of
 
     if settings.batch < 1 or settings.limit < 0 or (settings.max_new or 1) < 1:
         raise WrongUse("--batch and --max-new must be 1 or more, --limit 0 or more")
@@ -70,9 +71,10 @@ def run(settings: Settings) -> int | dict[str, Any]:
     with progress(settings.quiet or settings.json) as tell:
         how = {"dtype": settings.dtype, "device": settings.device, "quantize": settings.quantize}
         opened = models.open_thing(settings.x, progress=tell, **how)
+        task = task_of(opened.model)
         contenders = evaluate.line_up(opened, settings.x, others)
         max_len -= evaluate.inserted(opened, contenders)
-        rows, what, notes = _given(settings) if settings.data else _held_out(settings, opened)
+        rows, what, notes = _given(settings, task) if settings.data else _held_out(settings, opened, task)
         if settings.limit and settings.limit < len(rows):
             chosen = sorted(random.Random(0).sample(range(len(rows)), settings.limit))
             rows, what = [rows[place] for place in chosen], f"{what}, {settings.limit:,} of {len(rows):,} rows"
@@ -80,7 +82,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
         for contender in contenders:
             with evaluate.selected(opened, contender):
                 scores.append(
-                    evaluate.measure(
+                    task.score(
                         opened.model,
                         opened.tok,
                         rows,
@@ -113,26 +115,26 @@ def trained_with(thing: str) -> dict[str, Any]:
 
 def _columns(settings: Settings) -> dict[str, str | None]:
     """How columns become rows: as the flags say or, if none is given, as the run did."""
-    names = ("map", "prompt", "completion", "system")
-    given = {name: getattr(settings, name) for name in names if getattr(settings, name)}
-    return {name: (given or trained_with(settings.x)).get(name) or None for name in names}
+    from lorica.tasks import columns_of
+
+    given = columns_of(settings)
+    return given if any(given.values()) else {name: trained_with(settings.x).get(name) or None for name in given}
 
 
-def _given(settings: Settings) -> tuple[list[Record], str, list[str]]:
+def _given(settings: Settings, task: Task) -> tuple[list[Any], str, list[str]]:
     """Rows, what they are, and what was left out of them."""
-    from lorica import data
-
-    found = data.read(settings.data, answers=True, **_columns(settings))
+    found = task.read(settings.data, _columns(settings))
     for name, part in (("test", found.test), ("valid", found.valid)):
         if part:
             return part, f"{settings.data} ({name})", []
     return found.rows, settings.data, found.faults
 
 
-def _held_out(settings: Settings, opened: Opened) -> tuple[list[Record], str, list[str]]:
+def _held_out(settings: Settings, opened: Opened, task: Task) -> tuple[list[Any], str, list[str]]:
     """All rows that a run held out, also beyond its `eval_rows`; refused where its data has changed since."""
     from lorica import data
     from lorica.errors import LoricaError
+    from lorica.tasks import columns_of
     from lorica.train.examples import prepare
     from lorica.train.settings import TrainSettings
 
@@ -141,19 +143,18 @@ def _held_out(settings: Settings, opened: Opened) -> tuple[list[Record], str, li
         raise LoricaError(f"{settings.x} was trained on data in memory: give DATA")
     known = {field.name for field in dataclasses.fields(TrainSettings)}
     before = TrainSettings(**{key: value for key, value in trained.items() if key in known})
-    if prepare(source, opened.tok, before).fingerprint() != trained["made"]["data_sha256"]:
+    if prepare(source, opened.tok, before, task).fingerprint() != trained["made"]["data_sha256"]:
         raise LoricaError(
             f"{source} is not what {settings.x} was trained on any more, so what it held out is not known: give DATA"
         )
-    columns = {name: getattr(before, name) or None for name in ("map", "prompt", "completion", "system")}
-    found = data.read(source, answers=True, **columns)
+    found = task.read(source, columns_of(before))
     rows = found.valid or data.split(found.rows, fraction=before.held_out)[1]
     if not rows:
         raise LoricaError(f"{settings.x} held nothing out: give DATA")
     return rows, f"{source} (held out by {settings.x})", []
 
 
-def _result(what: str, scores: list[Score], notes: list[str]) -> dict[str, Any]:
+def _result(what: str, scores: list[Any], notes: list[str]) -> dict[str, Any]:
     """All numbers as one object for `--json`."""
     from lorica.evaluate import against
 
@@ -161,6 +162,7 @@ def _result(what: str, scores: list[Score], notes: list[str]) -> dict[str, Any]:
     classes = {score.name: score.classes() for score in scores}
     return {
         "data": what,
+        "measures": list(x.measures),
         "results": [score.summary() for score in scores],
         "differences": [against(x, other) for other in others],
         "classes": {name: [row._asdict() for row in rows] for name, rows in classes.items() if rows},
@@ -168,7 +170,7 @@ def _result(what: str, scores: list[Score], notes: list[str]) -> dict[str, Any]:
     }
 
 
-def _answers(scores: list[Score]) -> list[dict[str, Any]]:
+def _answers(scores: list[Any]) -> list[dict[str, Any]]:
     """For each row the right answer and what each contender said."""
     first = scores[0]
     return [
@@ -180,16 +182,17 @@ def _answers(scores: list[Score]) -> list[dict[str, Any]]:
 def _say(settings: Settings, result: dict[str, Any]) -> None:
     from lorica.cli.terminal import say, table
 
-    results = result["results"]
-    say(f"{result['data']}   {results[-1]['rows']:,} rows   {results[-1]['tokens']:,} loss tokens")
+    results, measures = result["results"], result["measures"]
+    read = f"   {results[-1]['tokens']:,} loss tokens" if "tokens" in results[-1] else ""
+    say(f"{result['data']}   {results[-1]['rows']:,} rows{read}")
     for note in result["notes"]:
         say(f"note: {note}")
-    exact = "exact" in results[-1]
-    head = ["", "loss", "95 %", "ppl", *(["exact", "95 %", "n"] if exact else [])]
-    table(head, [_cells(each, exact) for each in results])
+    head = ["", "loss", "95 %", *(["ppl"] if read else []), *(word for name in measures for word in (name, "95 %"))]
+    table([*head, *(["n"] if "answers" in results[-1] else [])], [_cells(each, measures) for each in results])
     if result["differences"]:
         say()
-        table(["difference", "loss", "95 %", *(["exact", "95 %"] if exact else [])], _changes(result, exact))
+        head = ["difference", "loss", "95 %", *(word for name in measures for word in (name, "95 %"))]
+        table(head, [_change(each, measures) for each in result["differences"]])
     if result["classes"]:
         say()
         _say_classes(result)
@@ -199,25 +202,28 @@ def _say(settings: Settings, result: dict[str, Any]) -> None:
     say(f"next:  lorica chat {settings.x}")
 
 
-def _cells(found: dict[str, Any], exact: bool) -> list[str]:
-    interval = f"{found['loss_low']:.3f} to {found['loss_high']:.3f}"
-    cells = [found["name"], f"{found['loss']:.3f}", interval, f"{found['perplexity']:,.2f}"]
-    if not exact:
-        return cells
-    interval = f"{found['exact_low']:.1%} to {found['exact_high']:.1%}"
-    return [*cells, f"{found['exact']:.1%}", interval, f"{found['answers']:,}"]
+# Shares of the rows, which are read as percentages.
+_SHARES = ("exact", "accuracy")
 
 
-def _changes(result: dict[str, Any], exact: bool) -> list[list[str]]:
-    rows = []
-    for found in result["differences"]:
-        interval = f"{found['loss_low']:+.3f} to {found['loss_high']:+.3f}"
-        cells = [f"{found['name']} - {found['against']}", f"{found['loss']:+.3f}", interval]
-        if exact:
-            low, high = 100 * found["exact_low"], 100 * found["exact_high"]
-            cells += [f"{100 * found['exact']:+.1f} points", f"{low:+.1f} to {high:+.1f}"]
-        rows.append(cells)
-    return rows
+def _cells(found: dict[str, Any], measures: list[str]) -> list[str]:
+    cells = [found["name"], f"{found['loss']:.3f}", f"{found['loss_low']:.3f} to {found['loss_high']:.3f}"]
+    if "perplexity" in found:
+        cells.append(f"{found['perplexity']:,.2f}")
+    for name in measures:
+        how = ".1%" if name in _SHARES else ".3f"
+        value, low, high = (format(found[f"{name}{end}"], how) for end in ("", "_low", "_high"))
+        cells += [value, f"{low} to {high}"]
+    return [*cells, f"{found['answers']:,}"] if "answers" in found else cells
+
+
+def _change(found: dict[str, Any], measures: list[str]) -> list[str]:
+    cells = [f"{found['name']} - {found['against']}"]
+    for name in ("loss", *measures):
+        times, how = (100, "+.1f") if name in _SHARES else (1, "+.3f")
+        value, low, high = (format(times * found[f"{name}{end}"], how) for end in ("", "_low", "_high"))
+        cells += [f"{value} points" if name in _SHARES else value, f"{low} to {high}"]
+    return cells
 
 
 def _say_classes(result: dict[str, Any]) -> None:

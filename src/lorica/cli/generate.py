@@ -16,15 +16,20 @@ from lorica.cli.eval import trained_with
 from lorica.cli.parse import Common, WrongUse
 
 if TYPE_CHECKING:
-    from lorica.data import Record
     from lorica.evaluate import Answering
     from lorica.models import Opened
+    from lorica.tasks import Task
+
+
+# What --map calls the columns of answers, which rows that wait for one do not have.
+_ANSWERS = ("completion", "output", "label", "score")
 
 
 @dataclass(kw_only=True)
 class Settings(Common):
-    """Answer every row of DATA with X. Each row comes back as a line of JSON with the answer added, in order; without
-    -o on stdout. A run that was stopped goes on when the same line is typed again."""
+    """Answer every row of DATA with X. Each row comes back as a line of JSON with the answer added (of a classifier the
+    label and all probabilities), in order; without -o on stdout. A run that was stopped goes on when the same line is
+    typed again."""
 
     x: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="X")]
     """A model, an adapter or a run."""
@@ -58,19 +63,22 @@ class Settings(Common):
 
 def run(settings: Settings) -> int | dict[str, Any]:
     """Answer what is not answered yet."""
-    from lorica import data, evaluate, models, patch
+    from lorica import models, patch
     from lorica.cli.terminal import console, progress
+    from lorica.tasks import task_of
 
     if settings.batch < 1 or settings.max_new < 1 or settings.temperature < 0:
         raise WrongUse("--batch and --max-new must be 1 or more, --temperature 0 or more")
     began = time.perf_counter()
-    rows, records = _rows(settings)
+    rows = _rows(settings)
     with progress(settings.quiet or settings.json) as tell:
         how = {"dtype": settings.dtype, "device": settings.device, "quantize": settings.quantize}
         opened = models.open_thing(settings.x, progress=tell, **how)
-        job = evaluate.Answering(
+        task = task_of(opened.model)
+        job = task.answering(
             rows,
-            [data.prompt_ids(record, opened.tok)[0] for record in records],
+            _asked(settings, rows, task),
+            opened.tok,
             column=settings.column,
             max_new=settings.max_new,
             batch=settings.batch,
@@ -113,27 +121,36 @@ def _passed_on(lines: list[str], kept: bool) -> list[dict[str, Any]]:
     return []
 
 
-def _rows(settings: Settings) -> tuple[list[dict[str, Any]], list[Record]]:
-    """The rows as they came, and each as something to answer."""
-    from lorica import data
+def _rows(settings: Settings) -> list[dict[str, Any]]:
+    """The rows as they came; a line of text is a row with a prompt."""
     from lorica.data.tables import read_source
     from lorica.errors import LoricaError
 
-    columns = _columns(settings)
-    path = Path(settings.data).expanduser()
-    if path.suffix.lower() == ".txt" and path.is_file():
+    if _is_text(settings):
+        columns = _columns(settings)
         if columns["map"] or columns["prompt"]:
-            raise LoricaError(f"{path}: lines of text have no columns: leave out --map and --prompt")
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        if not lines:
-            raise LoricaError(f"{path}: has no line of text")
-        system = columns["system"] or ""
-        return [{"prompt": line} for line in lines], [data.Record("pair", prompt=line, system=system) for line in lines]
+            raise LoricaError(f"{settings.data}: lines of text have no columns: leave out --map and --prompt")
+        text = Path(settings.data).expanduser().read_text(encoding="utf-8-sig")
+        if lines := [line for line in text.split("\n") if line.strip()]:
+            return [{"prompt": line} for line in lines]
+        raise LoricaError(f"{settings.data}: has no line of text")
     parts, _ = read_source(settings.data)
     if len(parts) > 1:
         raise LoricaError(f"{settings.data} has several parts ({', '.join(parts)}): name the file, or the split")
-    records = data.read(settings.data, answers=False, **columns).rows
-    return [row for _, row in parts["train"]], records
+    return [row for _, row in parts["train"]]
+
+
+def _is_text(settings: Settings) -> bool:
+    path = Path(settings.data).expanduser()
+    return path.suffix.lower() == ".txt" and path.is_file()
+
+
+def _asked(settings: Settings, rows: list[dict[str, Any]], task: Task) -> list[Any]:
+    """Each row as something to answer."""
+    columns = _columns(settings)
+    if _is_text(settings):
+        return [task.asked(row["prompt"], columns["system"] or "") for row in rows]
+    return task.read(settings.data, columns, answers=False).rows
 
 
 def _columns(settings: Settings) -> dict[str, str | None]:
@@ -143,7 +160,7 @@ def _columns(settings: Settings) -> dict[str, str | None]:
         trained = trained_with(settings.x)
         given = {name: trained.get(name, "") for name in given}
         # Rows that wait for their answer have no column of answers.
-        asked = (part for part in given["map"].split(",") if part.split("=")[0].strip() not in ("completion", "output"))
+        asked = (part for part in given["map"].split(",") if part.split("=")[0].strip() not in _ANSWERS)
         given["map"] = ",".join(asked)
     return {name: value or None for name, value in given.items()}
 

@@ -38,6 +38,8 @@ def run(settings: Settings) -> int | dict[str, Any]:
         return params.show(settings.json)
     if not settings.model:
         raise WrongUse("MODEL is missing\nsee lorica plan --help")
+    if settings.task not in ("auto", "lm"):
+        raise WrongUse(f"memory and time are planned for language models only, not for --task {settings.task}")
     import psutil
 
     from lorica import plan

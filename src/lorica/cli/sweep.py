@@ -24,6 +24,10 @@ def check(settings: Settings) -> None:
         return
     if settings.resume or settings.from_:
         raise WrongUse("--sweep and --find-lr start from the base: leave --resume and --from away")
+    if settings.task in ("classify", "regress"):
+        raise WrongUse(
+            f"--sweep and --find-lr train language models; with --task {settings.task} train one after another"
+        )
     if settings.sweep and settings.find_lr:
         raise WrongUse("--find-lr is a sweep by itself: leave it or --sweep away")
     if settings.sweep:

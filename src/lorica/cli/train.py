@@ -139,9 +139,11 @@ def _job(settings: Settings) -> _Job:
 def _loaded(job: _Job) -> tuple[Any, Any]:
     from lorica.errors import LoricaError
     from lorica.models import open_thing
+    from lorica.tasks import columns_of, labels_in
 
     how = {name: getattr(job.settings, name) for name in ("dtype", "device", "quantize")}
-    opened = open_thing(job.model, adapter=job.start or None, **how)
+    labels = labels_in(job.settings.task, job.data, columns_of(job.settings))
+    opened = open_thing(job.model, adapter=job.start or None, labels=labels, **how)
     if opened.adapter and not job.start:
         raise LoricaError(
             f"{job.model} is an adapter on {opened.base}: lorica train {opened.base} DATA --from {job.model}"
@@ -167,6 +169,7 @@ def _result(ended: Run) -> dict[str, Any]:
         "run": str(ended.path),
         "before": ended.before,
         "after": ended.after,
+        **({"measures": dict(ended.measures)} if ended.measures else {}),
         "steps": ended.steps,
         "best_step": ended.best_step,
         "trainable": sum(tensor.numel() for tensor in ended.adapter.tensors.values()),
@@ -183,6 +186,9 @@ def _say(ended: Run) -> None:
     from lorica.train.report import duration, size
 
     measured = "nothing held out" if ended.after is None else f"held out {ended.before:.3f} -> {ended.after:.3f}"
+    measured += "".join(
+        f"   {name} {ended.measures_before[name]:.3f} -> {value:.3f}" for name, value in ended.measures.items()
+    )
     say(f"{measured}   {duration(ended.seconds)}   peak {size(ended.peak_rss_bytes)}")
     if ended.after is not None and ended.before is not None and not ended.after < ended.before:
         say("the held-out loss did not get better: look at the data (lorica data), or try another lr")

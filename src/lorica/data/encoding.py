@@ -32,6 +32,16 @@ class Example:
     loss: list[bool]
     where: str = ""
 
+    @property
+    def labels(self) -> int:
+        """How many of its tokens are predicted. The first never is, whatever its mark."""
+        return sum(self.loss[1:])
+
+    @property
+    def content(self) -> str:
+        """All that a training sees of it."""
+        return repr((self.ids, [int(flag) for flag in self.loss]))
+
 
 @dataclass
 class EncodeReport:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import TypeVar
 
+from lorica.data.labelled import LabelledRow
 from lorica.data.records import Record
 from lorica.errors import LoricaError
 
+R = TypeVar("R", Record, LabelledRow)
 ENOUGH_ROWS, ENOUGH_HELD_OUT = 250, 50
 
 
-def split(rows: Sequence[Record], *, fraction: float = 0.1, seed: int = 0) -> tuple[list[Record], list[Record]]:
+def split(rows: Sequence[R], *, fraction: float = 0.1, seed: int = 0) -> tuple[list[R], list[R]]:
     """`(train, held out)`, both in the order of `rows`; the same for the same rows and seed.
 
     `fraction` of the rows is held out, at least 50 where there are 250 or more (none with `fraction=0`). Exact

@@ -7,17 +7,19 @@ that repeat one of them, or one of the source's own valid and test rows, which s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lorica.data.columns import Columns
 from lorica.data.records import Record, Records
 from lorica.data.shapes import shorten, to_records
-from lorica.data.tables import read_source
+from lorica.data.tables import Row, read_source
 from lorica.errors import LoricaError, all_faults
 
 NAMED = 3
+Converter = Callable[[list[Row]], tuple[list[Any], str, list[str]]]
 
 
 def read(
@@ -36,6 +38,19 @@ def read(
     order and may lack its answer: rows to generate for. LoricaError lists all faults of the source, with their lines.
     """
     columns = Columns.parse(map, prompt, completion)
+
+    def convert(rows: list[Row]) -> tuple[list[Any], str, list[str]]:
+        records, format, bad = to_records(rows, columns, system, answers)
+        return list(_answers_last(records)) if answers else records, format, bad
+
+    return read_with(source, convert, answers)
+
+
+def read_with(source: str | Path, convert: Converter, answers: bool) -> Records:
+    """Rows of a source as `convert` makes them: ``(records, format, faults)``, as many unless there are faults.
+
+    With `answers`, those that lack one are dropped, and duplicates among those to train on.
+    """
     parts, faults = read_source(source)
     if not any(parts.values()) and not faults:
         raise LoricaError(f"{source}: has no rows")
@@ -43,7 +58,7 @@ def read(
     if faults and not everything:
         raise all_faults(f"{source}: cannot be read", shorten(faults))
     try:
-        records, format, bad = to_records(everything, columns, system, answers)
+        records, format, bad = convert(everything)
     except LoricaError as error:
         raise LoricaError("\n".join([f"{source}: {error}", *(f"  {fault}" for fault in shorten(faults))])) from error
     if faults or bad:
@@ -53,18 +68,18 @@ def read(
     return _clean(source, read_parts, format) if answers else _whole(read_parts, format)
 
 
-def _whole(parts: dict[str, list[Record]], format: str) -> Records:
+def _whole(parts: dict[str, list[Any]], format: str) -> Records:
     return Records(parts["train"], format, valid=parts.get("valid"), test=parts.get("test"))
 
 
-def _clean(source: str | Path, parts: dict[str, list[Record]], format: str) -> Records:
+def _clean(source: str | Path, parts: dict[str, list[Any]], format: str) -> Records:
     seen: dict[str, str] = {}
-    empty: list[Record] = []
-    doubles: list[tuple[Record, str]] = []
-    kept: dict[str, list[Record]] = {}
+    empty: list[Any] = []
+    doubles: list[tuple[Any, str]] = []
+    kept: dict[str, list[Any]] = {}
     for part in sorted(parts, key=("test", "valid", "train").index):
         kept[part] = []
-        for row in _answers_last(parts[part]):
+        for row in parts[part]:
             if row.lacks_answer:
                 empty.append(row)
             elif part == "train" and row.key in seen:

@@ -52,17 +52,17 @@ class Record:
 
 @dataclass
 class Records:
-    """Rows to train on and, where the source has them, its own `valid` and `test` rows.
+    """Rows to train on (`Record`, or `LabelledRow`) and, where the source has them, its own `valid` and `test` rows.
 
     `faults` are the things put right while reading (rows dropped, with count and lines); what could not be put right
     is an error instead. `duplicates` and `empty` count the dropped rows over all parts.
     """
 
-    rows: list[Record]
+    rows: list[Any]
     format: str
     faults: list[str] = field(default_factory=list)
-    valid: list[Record] | None = None
-    test: list[Record] | None = None
+    valid: list[Any] | None = None
+    test: list[Any] | None = None
     duplicates: int = 0
     empty: int = 0
 

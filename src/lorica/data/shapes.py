@@ -45,7 +45,8 @@ def to_records(
         if "prompt" in columns.targets:
             raise needs_completion(there)
         known = ", ".join(f"{shape.name}: {' + '.join(shape.needs)}" for shape in SHAPES)
-        raise all_faults(f"the columns are of no known format ({known})", help_lines(there))
+        hints = [*help_lines(there), "or, to tell labels apart or predict a score: --task classify, --task regress"]
+        raise all_faults(f"the columns are of no known format ({known})", hints)
     faults = [f"{where}: no known format; it has {', '.join(row) or 'no keys'}" for where, row in strangers]
     if len(sorted_rows) > 1:
         faults += [f"{len(some)} rows are {name}, the first at {some[0][0]}" for name, some in sorted_rows.items()]

@@ -19,6 +19,8 @@ from lorica.files import write_atomic
 
 # Batches to a chunk: enough prompts for lengths to be sorted, and seconds of work that a kill can cost.
 BATCHES = 4
+# Of a model, prompts and a progress to report to: what is added to each row.
+Judge = Callable[[Any, Sequence[Any], Callable[[int, int], None]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -26,24 +28,28 @@ class Answering:
     """Rows with their prompts (token ids), and how they are answered: each row comes back with `column` added.
 
     The answers to a chunk depend on nothing before it, so a continued run writes what an uninterrupted one would.
+    `judge` answers prompts in another way than by text, and adds the columns `beside` too.
     """
 
     rows: Sequence[dict[str, Any]]
-    prompts: Sequence[list[int]]
+    prompts: Sequence[Any]
     column: str = "output"
     max_new: int = 128
     batch: int = 16
     temperature: float = 0.0
     seed: int = 0
+    judge: Judge | None = None
+    beside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.max_new < 1:
             raise LoricaError(f"batch is {self.batch} and max_new is {self.max_new}; both must be 1 or more")
-        if taken := sum(self.column in row for row in self.rows):
-            raise LoricaError(
-                f"{taken:,} rows have a column {self.column!r} already; choose another for the answers, "
-                f"such as --column answer"
-            )
+        for column in (self.column, *self.beside):
+            if taken := sum(column in row for row in self.rows):
+                raise LoricaError(
+                    f"{taken:,} rows have a column {column!r} already; choose another for the answers, "
+                    f"such as --column answer"
+                )
 
     @property
     def chunk(self) -> int:
@@ -61,18 +67,24 @@ class Answering:
                 if progress:
                     progress(start + done, len(self.rows))
 
-            answers = generate(
-                model,
-                tok,
-                self.prompts[part],
-                max_new=self.max_new,
-                batch=self.batch,
-                temperature=self.temperature,
-                seed=self.seed + start,
-                progress=shown,
-            )
-            both = zip(self.rows[part], answers, strict=True)
-            yield [json.dumps({**row, self.column: text}, ensure_ascii=False, default=str) for row, text in both]
+            both = zip(self.rows[part], self._answers(model, tok, part, shown), strict=True)
+            yield [json.dumps({**row, **answer}, ensure_ascii=False, default=str) for row, answer in both]
+
+    def _answers(self, model: Any, tok: Any, part: slice, progress: Callable[[int, int], None]) -> list[dict[str, Any]]:
+        """What is added to each row of a chunk."""
+        if self.judge is not None:
+            return self.judge(model, self.prompts[part], progress)
+        texts = generate(
+            model,
+            tok,
+            self.prompts[part],
+            max_new=self.max_new,
+            batch=self.batch,
+            temperature=self.temperature,
+            seed=self.seed + part.start,
+            progress=progress,
+        )
+        return [{self.column: text} for text in texts]
 
     def write(
         self,

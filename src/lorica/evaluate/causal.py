@@ -17,7 +17,8 @@ def require(model: Any) -> None:
     causal = model.can_generate() and not model.config.is_encoder_decoder
     if not causal:
         raise LoricaError(
-            f"{type(model).__name__} does not continue text, which this needs; use a decoder, such as smollm2-135m"
+            f"{type(model).__name__} does not continue text, which this needs; use a decoder, such as smollm2-135m, or"
+            " train it to tell labels apart (--task classify) or to predict a score (--task regress)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from lorica.errors import LoricaError, all_faults
 from lorica.evaluate.generation import generate
 from lorica.evaluate.loss import LossResult, loss
 from lorica.evaluate.metrics import ClassRow, Difference, bootstrap, exact_match, paired, per_class, wilson
+from lorica.evaluate.verdicts import Verdicts
 from lorica.insertion import insertion
-from lorica.models import Opened, load_tokenizer
+from lorica.models import Opened, labels_of, load_tokenizer
 
 BASE = "base"
 # An answer that is longer than every right one is wrong already; a few tokens more show how it goes on.
@@ -73,6 +75,15 @@ class Score:
     def classes(self) -> list[ClassRow] | None:
         """`per_class` of the answers; None where they are not classes."""
         return per_class(self.answers, self.references)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What is measured beside the loss."""
+        return ("exact",) if self.right else ()
+
+    def compared(self, other: Score) -> dict[str, float]:
+        """How much more it answers exactly than another, with the paired interval."""
+        return _named("exact", paired(self.right, other.right)) if self.right and other.right else {}
 
 
 def line_up(opened: Opened, thing: str, others: Sequence[str]) -> list[Contender]:
@@ -173,16 +184,13 @@ def measure(
     return Score(name, found, nats, asked, said, references, right, encoded.report.notes)
 
 
-def against(score: Score, other: Score) -> dict[str, Any]:
+def against(score: Score | Verdicts, other: Score | Verdicts) -> dict[str, Any]:
     """How much `score` differs from `other` on the rows that both were measured on, with paired intervals."""
     both = [place for place in score.nats if place in other.nats]
     mine, my_counts = zip(*(score.nats[place] for place in both), strict=True)
     its, its_counts = zip(*(other.nats[place] for place in both), strict=True)
     found = {"name": score.name, "against": other.name, "rows": len(both)}
-    found |= _named("loss", paired(mine, its, my_counts, its_counts))
-    if score.right and other.right:
-        found |= _named("exact", paired(score.right, other.right))
-    return found
+    return found | _named("loss", paired(mine, its, my_counts, its_counts)) | score.compared(other)  # type: ignore[arg-type]
 
 
 def _named(key: str, difference: Difference) -> dict[str, float]:
@@ -203,6 +211,9 @@ def _adapter(thing: str, opened: Opened) -> Adapter:
     base, mark = adapter.meta.get("base_model"), adapter.meta.get("base_fingerprint")
     if base and base != opened.base and mark != patch.fingerprint(opened.model):
         raise LoricaError(f"its base is {base}, not {opened.base}")
+    labels = list(labels_of(opened.model.config)) if "labels" in adapter.meta else None
+    if labels and labels != json.loads(adapter.meta["labels"]):
+        raise LoricaError(f"its labels are {', '.join(json.loads(adapter.meta['labels']))}, not {', '.join(labels)}")
     return adapter
 
 

@@ -61,7 +61,7 @@ def loss(
     per_row: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
     done = 0
     with evaluating(model) as device:
-        for places in _batches([len(example.ids) for example in read], batch_tokens):
+        for places in in_batches([len(example.ids) for example in read], batch_tokens):
             # Padded on the right, where causal attention never looks back from a real token: any id pads.
             batch = {key: value.to(device) for key, value in collate([read[i] for i in places], 0).items()}
             sums, counts = _nats(model, batch)
@@ -93,7 +93,7 @@ def _nats(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.zeros(len(counts), dtype=torch.float64).index_add_(0, rows, nats), counts
 
 
-def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def in_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Places of rows of like length, as many together as the budget holds padded; at least one."""
     batch: list[int] = []
     for place in sorted(range(len(lengths)), key=lengths.__getitem__):

@@ -15,6 +15,14 @@ from lorica.evaluate.generation import stream
 RETRY_TEMPERATURE = 0.7
 
 
+def toggle(model: Any) -> None:
+    """Let the base answer instead of a model's adapter, or the adapter again. LoricaError where there is none."""
+    there = patch.adapters(model)
+    if not there:
+        raise LoricaError("there is no adapter on this model; the base is all there is")
+    patch.select(model, None if patch.active(model) else there[0])
+
+
 @dataclass
 class Talk:
     """A model, a tokenizer and the messages so far.
@@ -39,16 +47,22 @@ class Talk:
         return not self.tok.chat_template
 
     @property
+    def hint(self) -> str:
+        """What a person should know before the first message."""
+        return "no chat template: each message is continued as plain text, by itself" if self.plain else ""
+
+    @property
     def tuned(self) -> bool:
         """Whether an adapter answers, and not the base model."""
         return patch.active(self.model) is not None
 
     def toggle(self) -> None:
         """Let the base answer instead of the adapter, or the adapter again. LoricaError where there is no adapter."""
-        there = patch.adapters(self.model)
-        if not there:
-            raise LoricaError("there is no adapter on this model; the base is all there is")
-        patch.select(self.model, None if self.tuned else there[0])
+        toggle(self.model)
+
+    def instruct(self, system: str) -> None:
+        """Set the system prompt."""
+        self.system = system
 
     def ask(self, text: str) -> Iterator[str]:
         """The answer to a message, in pieces. Both are remembered, the answer as far as it came when it is stopped."""

@@ -31,10 +31,10 @@ def card(facts: Mapping[str, Any]) -> str:
     """
     base = facts["model"]
     parts = [
-        _head("" if Path(base).is_absolute() else base),
+        _head("" if Path(base).is_absolute() else base, _TASKS.get(facts.get("task", ""), "")),
         f"# {facts['run']}",
-        f"A {_kind(facts)} adapter for `{base}`, trained with lorica. `best/` is the adapter of the lowest held-out"
-        f" loss (update {facts['best_step']:,}), `last/` the newest; both are in {_layout(facts)}.",
+        f"A {_kind(facts)} adapter for `{base}`, trained with lorica. `best/` is the adapter of the {_best(facts)}"
+        f" (update {facts['best_step']:,}), `last/` the newest; both are in {_layout(facts)}.",
         "## Results\n\n" + _results(facts),
         "![loss while training](curve.png)" if facts.get("curve") else "",
         "## Data\n\n" + _data(facts),
@@ -75,6 +75,8 @@ def hub_card(facts: Mapping[str, Any], files: Mapping[str, str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+# What PEFT calls the tasks that are no language model's.
+_TASKS = {"classify": "SEQ_CLS", "regress": "SEQ_CLS"}
 _UNMEASURED = "No measurement is known of this adapter."
 
 
@@ -99,6 +101,11 @@ def _yaml(text: str) -> str:
     return text if plain else json.dumps(text)
 
 
+def _best(facts: Mapping[str, Any]) -> str:
+    by = facts.get("best_by", "loss")
+    return "lowest held-out loss" if by == "loss" else f"highest held-out {by}"
+
+
 def _kind(facts: Mapping[str, Any]) -> str:
     return {"lora": "LoRA", "dora": "DoRA"}.get(facts["method"], f"`{facts['method']}`")
 
@@ -113,14 +120,24 @@ def _results(facts: Mapping[str, Any]) -> str:
     spent = f"{facts['seconds']:,.0f} s, at most {facts['peak_rss_bytes'] / 1e9:.1f} GB of resident memory"
     if facts["before"] is None:
         return f"No rows were held out, so nothing was measured. Training took {spent}."
-    rows = [("base", facts["before"]), ("with this adapter", facts["after"])]
-    lines = _table(("", "held-out loss (nats per token)"), [(name, f"{loss:.4f}") for name, loss in rows])
+    unit, measures = facts.get("unit", "nats per token"), facts.get("measures") or {}
+    head = ["", f"held-out loss ({unit})", *measures]
+    rows = [
+        [name, f"{loss:.4f}", *(f"{measured[key]:.4f}" for key in measures)]
+        for name, loss, measured in (
+            ("base" if not measures else "base, its head new", facts["before"], facts.get("measures_before") or {}),
+            ("with this adapter", facts["after"], measures),
+        )
+    ]
+    lines = _table(head, rows)
     return f"{lines}\n\nMeasured on {facts['held_out']:,} held-out examples. Training took {spent}."
 
 
 def _data(facts: Mapping[str, Any]) -> str:
     name = f"`{Path(facts['data']).name}`" if facts["data"] else "Examples handed over in memory"
     text = f"{name}: {facts['train']:,} examples to train on, {facts['held_out_all']:,} held out."
+    if counts := {label: count for label, count in (facts.get("labels") or {}).items() if count is not None}:
+        text += f" Labels: {', '.join(f'`{label}` {count:,}' for label, count in counts.items())}."
     return text + "".join(f"\n- {note}" for note in facts["notes"])
 
 
@@ -156,17 +173,19 @@ def _settings_of_adapter(facts: Mapping[str, Any]) -> str:
     return _table(("", ""), list(rows.items()))
 
 
-def _table(head: tuple[str, str], rows: Sequence[tuple[str, Any]]) -> str:
-    lines = [f"| {left} | {right} |" for left, right in rows]
-    return "\n".join([re.sub(" +", " ", f"| {head[0]} | {head[1]} |"), "|---|---|", *lines])
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([re.sub(" +", " ", f"| {' | '.join(head)} |"), "|" + "---|" * len(head), *lines])
 
 
 def _use(facts: Mapping[str, Any], adapter: str, thing: str) -> str:
     """How to load it; `adapter` is its folder, `thing` what lorica's commands take."""
-    base = facts["model"]
+    base, labels = facts["model"], list(facts.get("labels") or ())
     if facts["method"] not in _OF_PEFT:
-        return "\n\n".join([_lorica(base, adapter, thing), _elsewhere(facts, thing)])
-    parts = [_lorica(base, adapter, thing), _peft(base, adapter), _merged(thing)]
+        return "\n\n".join([_lorica(base, adapter, thing, labels), _elsewhere(facts, thing, labels)])
+    parts = [_lorica(base, adapter, thing, labels), _peft(base, adapter, labels), _merged(thing, labels)]
+    if labels:
+        return "\n\n".join(parts)
     if facts["method"] == "dora":
         parts.append(_only_merged("they know no DoRA"))
     else:
@@ -178,16 +197,18 @@ def _only_merged(why: str) -> str:
     return f"vLLM, llama.cpp and Ollama take the merged model only: {why}."
 
 
-def _elsewhere(facts: Mapping[str, Any], thing: str) -> str:
+def _elsewhere(facts: Mapping[str, Any], thing: str, labels: Sequence[str]) -> str:
     """What other programs can do with a method of which only lorica knows."""
     if facts["unmergeable"]:
         return f"Other programs cannot use it: it cannot be merged, since {facts['unmergeable']}."
+    if labels:
+        return _merged(thing, labels)
     return "\n\n".join([_merged(thing), _only_merged(f"they know no {facts['method']}")])
 
 
 def _hub_use(facts: Mapping[str, Any]) -> str:
     base, repo, rank = facts["model"], facts["repo"], facts["rank"]
-    if facts["method"] not in _OF_PEFT:
+    if facts["method"] not in _OF_PEFT or facts.get("labels"):
         return _use(facts, repo, repo)
     parts = [_lorica(base, repo, repo)]
     if facts["layout"] == "LORA":
@@ -201,7 +222,8 @@ def _hub_use(facts: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _lorica(base: str, adapter: str, thing: str) -> str:
+def _lorica(base: str, adapter: str, thing: str, labels: Sequence[str] = ()) -> str:
+    given = f", labels={list(labels)!r}" if labels else ""
     return f"""With lorica:
 
 ```bash
@@ -210,28 +232,33 @@ lorica chat {thing}
 
 ```python
 import lorica
-model, tok = lorica.load("{base}")
+model, tok = lorica.load("{base}"{given})
 lorica.Adapter.load("{adapter}").apply(model)
 ```"""
 
 
-def _peft(base: str, adapter: str) -> str:
+def _peft(base: str, adapter: str, labels: Sequence[str] = ()) -> str:
+    kind, given = _class(labels), f", num_labels={len(labels)}" if labels else ""
     return f"""With PEFT:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{adapter}")
+from transformers import {kind}
+model = PeftModel.from_pretrained({kind}.from_pretrained("{base}"{given}), "{adapter}")
 ```"""
 
 
-def _merged(thing: str) -> str:
+def _merged(thing: str, labels: Sequence[str] = ()) -> str:
     return f"""With transformers alone, after `lorica merge {thing} -o merged`:
 
 ```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("merged")
+from transformers import {_class(labels)}
+model = {_class(labels)}.from_pretrained("merged")
 ```"""
+
+
+def _class(labels: Sequence[str]) -> str:
+    return "AutoModelForSequenceClassification" if labels else "AutoModelForCausalLM"
 
 
 def _vllm(base: str, adapter: str, rank: int) -> str:
@@ -259,7 +286,9 @@ def _limits(facts: Mapping[str, Any]) -> str:
         "It works on the base model it was trained on, and keeps that model's licence, knowledge and biases.",
     ]
     if measured:
-        lines.append("The loss is all that was measured: not the answers themselves, nor their safety or fairness.")
+        what = " and ".join(["The loss", *(["agreement with the labels"] if facts.get("measures") else [])])
+        verb = "are" if facts.get("measures") else "is"
+        lines.append(f"{what} {verb} all that was measured: not the answers themselves, nor their safety or fairness.")
     if measured and not facts["after"] < facts["before"]:
         lines.append("Its held-out loss is not lower than the base's.")
     elif measured:

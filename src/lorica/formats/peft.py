@@ -93,6 +93,7 @@ def read(folder: Path) -> Contents:
     method, targets = _from_peft(config, tensors, plain, extra.pop("slices", {}), stacked)
     method = dataclasses.replace(method, token_rows=token_rows)
     meta = {key: str(value) for key, value in extra.items()}
+    method = dataclasses.replace(method, modules_to_save=[m for m in method.modules_to_save if m not in _head(meta)])
     meta.setdefault("base_model", config.get("base_model_name_or_path") or "")
     meta.setdefault("task_type", config.get("task_type") or "")
     narrowed = config.get("layers_to_transform") or config.get("exclude_modules")
@@ -154,6 +155,7 @@ def _config(contents: Contents) -> dict[str, Any]:
         alphas = _first(scaled, alphas)
     keys = sorted({target.key for target in contents.targets})
     ranks, alphas = in_any_order(ranks, keys, r), in_any_order(alphas, keys, alpha)
+    whole = [*method.modules_to_save, *_head(meta)]
     rows = {key.removesuffix("#tokens.rows") for key in contents.tensors if key.endswith("#tokens.rows")}
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -177,7 +179,7 @@ def _config(contents: Contents) -> dict[str, Any]:
         "alpha_pattern": alphas,
         # PEFT compares the ends of names, dots or not, so only a whole path is safe from meaning more than it says.
         "modules_to_save": sorted(
-            {match[1] for name in method.modules_to_save for key in contents.tensors if (match := _module(name, key))}
+            {match[1] for name in whole for key in contents.tensors if (match := _module(name, key))}
         ),
         "trainable_token_indices": {path.rsplit(".", 1)[-1]: list(method.token_rows) for path in sorted(rows)},
         "init_lora_weights": "gaussian" if method.init == "gaussian" else None,
@@ -188,6 +190,11 @@ def _config(contents: Contents) -> dict[str, Any]:
 def _first(these: dict[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
     """Patterns of which these count before the others, and instead of those that are spelled alike."""
     return these | {key: value for key, value in others.items() if key not in these}
+
+
+def _head(meta: Mapping[str, str]) -> list[str]:
+    """The modules of a task head, which is trained whole whatever the method."""
+    return json.loads(meta.get("head", "[]"))
 
 
 def _module(name: str, key: str) -> re.Match[str] | None:
@@ -222,7 +229,10 @@ def _from_peft(
         bias=config.get("bias", "none"),
         ranks=config.get("rank_pattern") or {},
         alphas=config.get("alpha_pattern") or {},
-        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        # For a classifier PEFT names every head that it knows of, whichever the model has.
+        modules_to_save=[
+            name for name in config.get("modules_to_save") or () if any(_module(name, key) for key in tensors)
+        ],
         tied=bool(config.get("ensure_weight_tying")),
         dora=bool(config.get("use_dora")),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorica.models.builtin import BUILTIN, Builtin
 from lorica.models.checkpoint import quiet
+from lorica.models.heads import draw_head, is_classifier, labels_of
 from lorica.models.loading import load
 from lorica.models.machine import resolve_device, resolve_dtype
 from lorica.models.opening import Description, Opened, describe, load_tokenizer, open_thing
@@ -15,7 +16,10 @@ __all__ = [
     "Description",
     "Opened",
     "describe",
+    "draw_head",
     "fetch_wheel",
+    "is_classifier",
+    "labels_of",
     "load",
     "load_tokenizer",
     "open_thing",

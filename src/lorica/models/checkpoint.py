@@ -6,7 +6,7 @@ import contextlib
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorica.errors import LoricaError, all_faults
+from lorica.models import heads
 from lorica.models.packing import Packing
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -35,16 +36,17 @@ _TOKENIZERS = (
 
 
 def read_folder(
-    folder: Path, dtype: torch.dtype, name: str, packing: Packing | None = None
+    folder: Path, dtype: torch.dtype, name: str, packing: Packing | None = None, labels: Sequence[str] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in evaluation mode, and its tokenizer; `name` is what errors call the folder.
 
-    It is on the CPU, or where `packing` wants it.
+    It is on the CPU, or where `packing` wants it. With `labels` it has a head for these (see `heads`).
     """
     check(folder, name)
     with quiet(), refused(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model, found = model_class(config).from_pretrained(
+        kind: Any = heads.give_labels(config, labels, name) if labels else model_class(config)
+        model, found = kind.from_pretrained(
             folder,
             config=config,
             **(packing.arguments(config, name) if packing else {}),
@@ -53,8 +55,14 @@ def read_folder(
             ignore_mismatched_sizes=True,  # so that they are listed with all other faults
             output_loading_info=True,
         )
-    require_whole(found, model, name)
-    return model, read_tokenizer(folder, name)
+    tok = read_tokenizer(folder, name)
+    if labels:
+        heads.settle(found, model, name)
+    else:
+        require_whole(found, model, name)
+    if heads.is_classifier(model):
+        heads.ready_to_pad(model, tok)
+    return model, tok
 
 
 def read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     quantize: str = "none",
+    labels: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a built-in alias, a folder in transformers' layout, a `.gguf` file or a hub id.
@@ -42,6 +44,8 @@ def load(
         device: `auto` (the first GPU, else the CPU), `cpu`, `cuda:1`, ...
         quantize: keep the linear layers but the output head in `nf4` (4 bits, QLoRA's) or `int8`, by bitsandbytes;
             with `none` the model is as its files have it. The rest is in `dtype`, for which `auto` is bf16 then.
+        labels: give it a head for sequence classification that tells these apart, a new one unless it has one for
+            just these; one label alone stands for a number to predict. Default: the model as its files have it.
         progress: called while a built-in model is fetched and converted.
 
     Returns:
@@ -57,8 +61,12 @@ def load(
     packing = Packing(quantize, dtype, device)
     path = locate(source, progress)
     name = base_name(source)
-    read = read_gguf if path.is_file() else read_folder
-    model, tok = read(path, dtype, name, packing)
+    if path.is_file():
+        if labels:
+            raise LoricaError(f"{name} is a .gguf file, which holds a language model: give its folder, or its hub id")
+        model, tok = read_gguf(path, dtype, name, packing)
+    else:
+        model, tok = read_folder(path, dtype, name, packing, labels)
     model.config._name_or_path = model.name_or_path = tok.name_or_path = name
     if getattr(model, "hf_quantizer", None) is None:
         return model.to(device).eval(), tok  # type: ignore[arg-type]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +20,10 @@ from lorica.errors import LoricaError
 from lorica.models.builtin import BUILTIN
 from lorica.models.checkpoint import read_tokenizer
 from lorica.models.ggufs import read_gguf_tokenizer
+from lorica.models.heads import outputs_of
 from lorica.models.loading import base_name, load, locate
 from lorica.models.wheels import Progress
+from lorica.targets import head_parameters
 
 _ADAPTER = "adapter_config.json"
 
@@ -64,6 +69,7 @@ def open_thing(
     device: str | torch.device = "auto",
     quantize: str = "auto",
     adapter: str | Path | None = None,
+    labels: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Opened:
     """Load whatever `thing` is: anything that `load` takes, an adapter (folder or hub id), or a run folder.
@@ -73,6 +79,8 @@ def open_thing(
         dtype, device, progress: as for `load`.
         quantize: as for `load`, or `auto`: what an adapter was trained on.
         adapter: an adapter or a run to put on `thing`, which is then the base model whatever the adapter names.
+        labels: as for `load`. An adapter for sequence classification brings its own; given others, it keeps its updates
+            and gets a new head, with a warning (the paper starts RTE from MNLI so).
 
     Raises:
         LoricaError: as `load`, or an adapter that does not fit or names no base that can be loaded.
@@ -87,11 +95,20 @@ def open_thing(
     chosen = Adapter.load(folder) if folder else None
     if quantize == "auto":
         quantize = chosen.meta.get("quantize", "none") if chosen else "none"
-    how: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "progress": progress}
+    own = _labels(chosen) if chosen is not None else []
+    other_head = bool(own and labels and set(labels) != set(own))
+    labels = labels if other_head else own or labels
+    how: dict[str, Any] = {
+        "dtype": dtype, "device": device, "quantize": quantize, "labels": labels, "progress": progress
+    }  # fmt: skip
     if chosen is None or folder is None:
         return Opened(*load(thing, **how), base_name(thing), None)
     model, tok = _base(chosen, folder, base, **how)
     _warn_if_other_base(chosen, model, folder)
+    if other_head:
+        warnings.warn(f"{folder} tells {', '.join(own)} apart: its head is replaced by a new one", stacklevel=2)
+        new = {name: model.get_parameter(name).detach().float().cpu() for name in head_parameters(model)}
+        chosen = dataclasses.replace(chosen, tensors={**chosen.tensors, **new})
     chosen.apply(model)
     if template := chosen.meta.get("chat_template"):
         tok.chat_template = template  # what it was trained through
@@ -159,6 +176,15 @@ def _base(
         if base:
             raise
         raise LoricaError(f"the base model of the adapter {folder}: {error}") from error
+
+
+def _labels(adapter: Adapter) -> list[str]:
+    """The labels that an adapter for sequence classification tells apart; none for other tasks."""
+    if adapter.meta.get("task_type") != "SEQ_CLS":
+        return []
+    if named := adapter.meta.get("labels"):
+        return json.loads(named)
+    return [f"LABEL_{place}" for place in range(outputs_of(dict(adapter.tensors)) or 2)]
 
 
 def _base_named(adapter: Adapter, folder: Path) -> str:

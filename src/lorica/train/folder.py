@@ -47,7 +47,7 @@ def new(out: str | Path | None, name: str) -> Path:
         return folder
 
 
-def write_settings(folder: Path, values: Mapping[str, Any], made: Mapping[str, str]) -> None:
+def write_settings(folder: Path, values: Mapping[str, Any], made: Mapping[str, Any]) -> None:
     """Write run.toml: `values` as settings; what they were applied to (fingerprints, versions) in a table `made`."""
     lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
     lines += ["", "[made]", *(f"{key} = {_toml(text)}" for key, text in made.items())]

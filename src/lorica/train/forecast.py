@@ -14,6 +14,7 @@ from torch import nn
 from lorica import patch, plan
 from lorica.errors import LoricaError, all_faults
 from lorica.models import machine
+from lorica.tasks import task_of
 from lorica.train.examples import Prepared
 from lorica.train.settings import TrainSettings, number_of_steps
 
@@ -23,7 +24,10 @@ _NO_PLAN = (LoricaError, RuntimeError, NotImplementedError, TypeError, ValueErro
 
 @dataclass(frozen=True)
 class Forecast:
-    """Peak `total_bytes` of `available` ones and `seconds` of all updates, as planned; None where there is no plan."""
+    """Peak `total_bytes` of `available` ones and `seconds` of all updates, as planned; None where there is no plan.
+
+    `why` says why there is none, where that is known.
+    """
 
     checkpointing: bool
     available: int
@@ -31,6 +35,7 @@ class Forecast:
     seconds: float | None = None
     work: plan.Work | None = None
     process: int = 0
+    why: str = ""
 
     def facts(self) -> dict[str, Any]:
         """For the header and the log."""
@@ -38,6 +43,7 @@ class Forecast:
             "predicted_bytes": self.total_bytes,
             "predicted_seconds": self.seconds,
             "available_bytes": self.available,
+            "no_plan": self.why,
             "checkpointing": self.checkpointing,
         }
 
@@ -52,6 +58,8 @@ def forecast(model: Any, data: Prepared, settings: TrainSettings) -> Forecast:
         process = max(0, _resident(model) - weights)
         available = psutil.virtual_memory().available + process + weights
     wanted = settings.checkpointing == "on"
+    if task_of(model).name != "lm":
+        return Forecast(wanted, available, why="memory and time are forecast for language models only")
     try:
         work = plan.work_of(model.config, settings, data.given, patch.installed(model).method)
         peak = machine.gemm_peak(work.dtype, str(device))

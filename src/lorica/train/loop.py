@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lorica.data import Example, Sampler
 from lorica.data.pack import micro_tokens, packs
 from lorica.passes import Passes
+from lorica.tasks.sequences import SequencePasses
 from lorica.train.examples import cut, labels_in
 from lorica.train.guards import finite
 from lorica.train.optimizer import Optimizer
@@ -63,7 +64,7 @@ def updates(
     accelerator: Accelerator,
     first: int,
     steps: int,
-    passes: Passes,
+    passes: Passes | SequencePasses,
 ) -> Iterator[Update]:
     """Make the updates `first` to `steps`; after each, the caller may measure, save or stop.
 
@@ -104,7 +105,7 @@ def _backward(
     keys: Sequence[int],
     accelerator: Accelerator,
     micro: int | None,
-    passes: Passes,
+    passes: Passes | SequencePasses,
     scale: float,
 ) -> Tensor:
     """Accumulate this process's part of an update's gradient, times `scale`; returns the loss over all processes."""

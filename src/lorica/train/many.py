@@ -38,6 +38,7 @@ from lorica.evaluate.causal import evaluating
 from lorica.methods import METHODS
 from lorica.passes import Passes
 from lorica.targets import CHILD
+from lorica.tasks import task_of
 from lorica.train import guards, ranking
 from lorica.train.examples import Prepared, labels_in, prepare
 from lorica.train.folder import new
@@ -332,6 +333,8 @@ def _unusable(model: nn.Module, data: Any, members: Mapping[str, TrainSettings])
         return ["this is one of several processes, and members share one pass; start it as a single one"]
     if there := patch.adapters(model):
         return [f"the model has an adapter already ({', '.join(there)}); eject it first"]
+    if (task := task_of(model).name) != "lm":
+        return [f"they share passes of a language model, and this model is made for {task!r}: train one after another"]
     faults = []
     first = next(iter(members.values()))
     for name, settings in members.items():

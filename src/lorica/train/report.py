@@ -17,6 +17,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 ROWS = 20
+SHOWN_LABELS = 8
 _HEADINGS = ("step", "loss", "held out", "lr", "tok/s", "memory", "left")
 _WIDTHS = (7, 8, 9, 9, 9, 9, 7)
 
@@ -30,6 +31,7 @@ def header(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("model", f"{facts['model']}   {number(facts['parameters'])} {facts['dtype']}   {facts['device']}"),
         ("data", f"{source}   {facts['train']:,} train, {held}"),
+        *(_labels(facts)),
         (
             "method",
             f"{facts['method']} {facts['detail']},"
@@ -48,9 +50,19 @@ def _layers(facts: Mapping[str, Any]) -> str:
     return f" {facts['layers']:,} layers," if facts["layers"] else ""
 
 
+def _labels(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The task and, of classes, the share of each; those of many that are rarest are counted only."""
+    if facts.get("task", "lm") == "lm":
+        return []
+    counts = {name: count for name, count in facts["labels"].items() if count is not None}
+    shares = [f"{_visible(name)} {count / facts['train']:.0%}" for name, count in counts.items()]
+    more = [f"and {len(shares) - SHOWN_LABELS} more"] if len(shares) > SHOWN_LABELS else []
+    return [("task", "   ".join([facts["task"], ", ".join([*shares[:SHOWN_LABELS], *more])]).rstrip())]
+
+
 def _planned(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not facts.get("predicted_bytes"):
-        return []
+        return [("plan", f"none: {facts['no_plan']}")] if facts.get("no_plan") else []
     kept = ", activations computed again" if facts["checkpointing"] else ""
     took = f", about {duration(facts['predicted_seconds'])} of updates" if facts["predicted_seconds"] else ""
     return [("plan", f"{size(facts['predicted_bytes'])} of {size(facts['available_bytes'])}{took}{kept}")]
@@ -117,7 +129,10 @@ class Terminal:
             self._print("", "")
 
     def _eval(self, event: Mapping[str, Any]) -> None:
-        self._print(f"{event['held_out']:.3f}", "  * best" if event["best"] else "", event["step"])
+        known = {"kind", "step", "held_out", "best", "elapsed", "member"}
+        measured = [f"{name} {value:.3f}" for name, value in event.items() if name not in known]
+        mark = "".join(f"  {text}" for text in [*measured, *(["* best"] if event["best"] else [])])
+        self._print(f"{event['held_out']:.3f}", mark, event["step"])
         self.sampled = False
         self.progress.update(self.task, description="training")
 

@@ -8,8 +8,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,12 @@ class Run:
 
     Attributes:
         path: the run folder.
-        adapter: the best one (lowest held-out loss; the last where nothing was held out), which the model keeps.
+        adapter: the best one (by `settings.best_by`; the last where nothing was held out), which the model keeps.
         settings: as used, every rule resolved.
         steps: updates made, of `planned`; fewer after an early stop.
         best_step: the update that `adapter` is of.
         before, after: held-out loss (nats per token) of the model as it came and with `adapter`; None without rows.
+        measures_before, measures: what else the task measured then: accuracy, ... (none of language models).
         seconds: over all sittings.
         peak_rss_bytes: of this process.
         notes: what was left out and why.
@@ -56,6 +57,8 @@ class Run:
     seconds: float
     peak_rss_bytes: int
     notes: tuple[str, ...] = ()
+    measures_before: Mapping[str, float] = field(default_factory=dict)
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -175,6 +178,8 @@ def _finish(sitting: Sitting) -> Run:
         "best_step": here.best_step,
         "before": here.before,
         "after": here.best,
+        "measures_before": here.measures_before,
+        "measures": here.measures,
         "seconds": sitting.elapsed(),
         "peak_rss_bytes": peak_rss_bytes(),
     }

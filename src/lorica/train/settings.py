@@ -22,6 +22,8 @@ LR_CAP = 2e-3
 class TrainSettings:
     """What is trained, on what, how and for how long."""
 
+    task: Literal["auto", "lm", "classify", "regress"] = "auto"
+    """What is learnt: lm (continue text), classify (a label), regress (a score); auto: what MODEL is made for."""
     method: Literal[
         "lora", "full", "top2", "bitfit", "adapter-h", "adapter-l", "adapter-p", "adapter-d", "prefix-embedding",
         "prefix-layer", "lora+prefix-embedding", "lora+prefix-layer",
@@ -69,7 +71,7 @@ class TrainSettings:
     """For bitfit: give linear layers without a bias one of zero, and train it."""
 
     map: str = ""
-    """Columns of a table: prompt=body,completion=category."""
+    """Columns of a table: prompt=body,completion=category; text=body,label=kind or first=a,second=b,score=c."""
     prompt: str = ""
     """A template over columns for the prompt: 'Classify: {body}'."""
     completion: str = ""
@@ -97,7 +99,7 @@ class TrainSettings:
     checkpointing: Literal["auto", "on", "off"] = "auto"
     """Compute activations again instead of keeping them, which costs a third of the time: auto only if it must be."""
     label_smoothing: float = 0.0
-    """Share of the target that is spread over the vocabulary."""
+    """Share of the target that is spread over the vocabulary, or over the labels."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the rate goes from its peak: linear or cosine to zero, or constant."""
     warmup: float = 0.05
@@ -117,6 +119,8 @@ class TrainSettings:
     """Held-out prompts answered at each measurement, kept in samples.jsonl."""
     sample_len: int = 48
     """Longest such answer in tokens."""
+    best_by: str = "loss"
+    """What best/ is the best by: the held-out loss, or a measure: accuracy, f1, matthews; pearson, spearman."""
     early_stop: int = 0
     """Stop after this many measurements in a row without a better one; 0 never stops early."""
     keep: Literal["all", "adapter"] = "all"

@@ -12,14 +12,16 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from lorica import __version__, evaluate, patch
+from lorica import __version__, patch
 from lorica.adapter import Adapter
-from lorica.data import marked
 from lorica.errors import LoricaError, all_faults
+from lorica.evaluate.agreement import missing
 from lorica.geometry import correction
 from lorica.lowrank import LoRA
-from lorica.methods import entry
-from lorica.targets import Target, resolve
+from lorica.methods import METHODS, entry
+from lorica.models import draw_head
+from lorica.targets import Target, head_parameters, resolve
+from lorica.tasks import Task, task_of
 from lorica.train import guards
 from lorica.train.examples import Prepared, prepare
 from lorica.train.recipe import in_words, method_of, settings_of
@@ -40,9 +42,10 @@ def ready(model: nn.Module, tok: Any, data: Any, settings: TrainSettings) -> tup
 
     Returns the examples and the settings with every rule applied.
     """
-    if faults := settings.check():
+    task = task_of(model)
+    if faults := settings.check() + _task_faults(task, settings):
         raise all_faults("these settings cannot be used:", faults)
-    prepared = prepare(data, tok, _adopted(model, settings))
+    prepared = prepare(data, tok, _adopted(model, settings), task)
     guards.labelled(prepared.train, "training")
     guards.labelled(prepared.held, "held-out")
     equip(model, settings)
@@ -61,7 +64,8 @@ def equip(model: nn.Module, settings: TrainSettings) -> None:
     """Put the settings' method on a model without an adapter; on one with an adapter, check that they do not differ."""
     if not patch.adapters(model):
         set_seed(settings.seed)
-        patch.inject(model, method_of(settings), settings.targets)
+        draw_head(model, settings.seed)
+        patch.inject(model, method_of(settings), settings.targets, also=head_parameters(model))
         return
     if patch.state_of(model).merged:  # type: ignore[union-attr]
         raise LoricaError(f"the adapter {patch.active(model)!r} is merged; unmerge the model to train it")
@@ -92,13 +96,13 @@ def resolved(model: nn.Module, settings: TrainSettings, data: Prepared) -> Train
     steps = number_of_steps(settings, len(data.given))
     found["eval_every"] = measured_every(settings, steps)
     found["dtype"] = DTYPES.get(_dtype(model), "auto")
+    found["task"] = task_of(model).name
     return dataclasses.replace(settings, **found)
 
 
 def about(model: nn.Module, tok: Any) -> dict[str, str]:
-    """What an adapter says of itself: the chat template and stop tokens it was trained with, and by what."""
-    stops = [tok.decode([token]) for token in evaluate.stop_ids(model, tok)]
-    said = {"chat_template": tok.chat_template or "", "stop_tokens": json.dumps(stops), "lorica": __version__}
+    """What an adapter says of itself: what its task knows of it, and by what it was trained."""
+    said = task_of(model).about(model, tok) | {"lorica": __version__}
     return {key: text for key, text in said.items() if text}
 
 
@@ -109,7 +113,7 @@ def facts(model: nn.Module, tok: Any, data: Prepared, settings: TrainSettings) -
     """
     installed, count = patch.installed(model), patch.count(model)
     steps = number_of_steps(settings, len(data.given))
-    first = data.train[0]
+    first, task = data.train[0], task_of(model)
     parameters = patch.trainable(model).values()
     return {
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,  # type: ignore[union-attr]
@@ -137,8 +141,30 @@ def facts(model: nn.Module, tok: Any, data: Prepared, settings: TrainSettings) -
         "schedule": settings.schedule,
         "eval_every": settings.eval_every,
         "seed": settings.seed,
-        "example": {"where": first.where, "runs": marked(first, tok)},
+        "task": task.name,
+        "labels": data.counts or dict.fromkeys(task.labels, None),
+        "unit": task.unit,
+        "best_by": settings.best_by,
+        "example": {"where": first.where, "runs": task.shown(first, tok)},
     }
+
+
+def _task_faults(task: Task, settings: TrainSettings) -> list[str]:
+    """Settings that ask for another task than the model's, or for what its task has not."""
+    faults = []
+    if settings.task not in ("auto", task.name):
+        wanted = "lorica.load(..., labels=[...])" if settings.task != "lm" else "a decoder as it is"
+        faults.append(f"task is {settings.task!r}, and this model is made for {task.name!r}: load {wanted}")
+    if settings.best_by not in ("loss", *task.measures):
+        known = ", ".join(("loss", *task.measures))
+        faults.append(f"best_by is {settings.best_by!r}; for task {task.name!r} it must be one of: {known}")
+    elif settings.best_by == "spearman" and (lacking := missing(len(task.labels))):
+        faults.append(f"best_by is {settings.best_by!r}: {lacking}")
+    if task.name != "lm" and settings.method in METHODS and any(getattr(method_of(settings), "inserts", ())):
+        faults.append(f"method {settings.method} inserts special tokens, which task {task.name!r} does not take yet")
+    if task.name == "regress" and settings.label_smoothing:
+        faults.append(f"label_smoothing is {settings.label_smoothing:g}, and a number has no labels to smooth")
+    return faults
 
 
 def _settings_of(model: nn.Module, settings: TrainSettings) -> dict[str, Any]:

@@ -15,13 +15,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lorica import __version__, evaluate, methods, patch
+from lorica import __version__, methods, patch
 from lorica.adapter import Adapter
 from lorica.data import Sampler
 from lorica.errors import all_faults
-from lorica.passes import Passes
+from lorica.tasks import task_of
 from lorica.train import folder, guards, processes, state
-from lorica.train.examples import Prepared, question_and_answer
+from lorica.train.examples import Prepared
 from lorica.train.forecast import Forecast, arranged, forecast
 from lorica.train.loop import Update, updates
 from lorica.train.memory import peak_bytes
@@ -61,10 +61,12 @@ class Sitting:
         self.steps = number_of_steps(self.settings, len(self.data.given))
         self.main = self.accelerator.is_main_process
         self.device = next(self.model.parameters()).device
+        self.task = task_of(self.model)
         self.ahead = self._forecast()
         # What reads the base's weights comes first: sharding takes them away.
         self.blank = dataclasses.replace(Adapter.of(self.model, meta=about(self.model, self.tok)), tensors={})
-        self.passes = self._passes()
+        smooth = self.settings.label_smoothing
+        self.passes = self.task.passes(self.model, self.tok, self.data.given, smooth)
         self.prints = {"data": self.data.fingerprint(), "base": self.blank.meta["base_fingerprint"]}
         processes.alike(self.accelerator, **self.prints)
         if processes.sharding():
@@ -149,20 +151,16 @@ class Sitting:
         (again,) = processes.agreed(self.accelerator, ahead.checkpointing)
         return dataclasses.replace(ahead, checkpointing=again)
 
-    def _passes(self) -> Passes:
-        pads = (self.tok.pad_token_id, self.tok.eos_token_id, 0)
-        pad = next(token for token in pads if token is not None)
-        return Passes(self.model, self.data.given, pad, self.settings.label_smoothing)
-
     def _begin(self) -> None:
         self.here.data, self.here.base = self.prints["data"], self.prints["base"]
         fixed = {"data_sha256": self.here.data, "base_fingerprint": self.here.base, "lorica": __version__}
+        labels = {"labels": list(self.task.labels)} if self.task.labels else {}
         known = self.facts()
         name = getattr(self.model.config, "_name_or_path", "")  # type: ignore[union-attr]
         origin = {"model": name, "data": self.data.source, "from": self.start}
         if self.main:
             named = {key: text for key, text in origin.items() if text}
-            folder.write_settings(self.path, named | self.settings.values(), fixed)
+            folder.write_settings(self.path, named | self.settings.values(), fixed | labels)
             self._open({})
         self.log(folder.METRICS, {"kind": "start", "run": str(self.path), "first": 0} | known | fixed)
         self._measure()
@@ -214,17 +212,19 @@ class Sitting:
         here = self.here
         if not self.data.held:
             return False
-        loss = evaluate.loss(self.model, self.data.held).loss
+        loss, measures = self.task.measure(self.model, self.data.held)
         if here.step == 0:
-            here.before = self._of_the_base(loss)
-        better = here.step > 0 and (here.best is None or math.isnan(here.best) or loss < here.best)
+            here.before, here.measures_before = self._of_the_base(loss), measures
+        better = here.step > 0 and self._better(loss, measures)
         if better:
-            here.best, here.best_step, here.stale = loss, here.step, 0
+            here.best, here.measures, here.best_step, here.stale = loss, measures, here.step, 0
         elif here.step:
             here.stale += 1
         event = {"kind": "eval", "step": here.step, "held_out": loss, "best": better, "elapsed": self.elapsed()}
-        self.log(folder.METRICS, event)
-        self._sample()
+        self.log(folder.METRICS, event | measures)
+        asked = self.data.held[: self.settings.sample]
+        for found in self.task.samples(self.model, self.tok, asked, self.settings.sample_len):
+            self.log(folder.SAMPLES, {"kind": "sample", "step": here.step} | found)
         return better
 
     def _of_the_base(self, loss: float) -> float:
@@ -232,20 +232,18 @@ class Sitting:
         if methods.entry(self.settings.method).neutral:
             return loss
         with patch.disabled(self.model):
-            base = evaluate.loss(self.model, self.data.held).loss
+            base, _ = self.task.measure(self.model, self.data.held)
         text = f"{self.settings.method} does not start as the base: held out {base:.3f} without it, {loss:.3f} with it"
         self.log(folder.METRICS, {"kind": "note", "text": text})
         return base
 
-    def _sample(self) -> None:
-        asked = [question_and_answer(example) for example in self.data.held[: self.settings.sample]]
-        if not asked:
-            return
-        texts = evaluate.generate(self.model, self.tok, [ids for ids, _ in asked], max_new=self.settings.sample_len)
-        for (ids, answer), text in zip(asked, texts, strict=True):
-            prompt, reference = (self.tok.decode(part, skip_special_tokens=True) for part in (ids, answer))
-            found = {"prompt": prompt, "reference": reference, "text": text}
-            self.log(folder.SAMPLES, {"kind": "sample", "step": self.here.step} | found)
+    def _better(self, loss: float, measures: Mapping[str, float]) -> bool:
+        """Whether a measurement is better than the best so far, or there is none that is a number."""
+        by, here = self.settings.best_by, self.here
+        if by == "loss":
+            return here.best is None or math.isnan(here.best) or loss < here.best
+        best = here.measures.get(by, math.nan)
+        return math.isnan(best) or measures[by] > best
 
     def _stale(self) -> bool:
         return bool(self.settings.early_stop) and self.here.stale >= self.settings.early_stop

@@ -30,7 +30,8 @@ FILE = Path("state") / "state.safetensors"
 class State:
     """Where a training stands after update `step`, measurements included.
 
-    `before`, `best`: held-out loss of step 0 and of `best_step`; `stale`: measurements since then without a better one.
+    `before`, `best`: held-out loss of step 0 and of `best_step`, `measures_before` and `measures` what else the task
+    measured then; `stale`: measurements since then without a better one.
     `tokens`: read so far; `seconds`: spent so far, over all sittings; `logs`: length of each log in bytes.
     `data`, `base`: fingerprints of what it belongs to; `sampler`: position in the order of the rows.
     """
@@ -42,6 +43,8 @@ class State:
     stale: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    measures_before: dict[str, float] = field(default_factory=dict)
+    measures: dict[str, float] = field(default_factory=dict)
     data: str = ""
     base: str = ""
     sampler: dict[str, Any] = field(default_factory=dict)
