@@ -57,8 +57,10 @@ def test_what_vllm_would_misread_is_said_and_not_shown():
 
 
 def test_a_method_that_peft_does_not_know_is_not_given_to_it():
-    text = hub_card(ADAPTER | {"layout": "", "method": "prefix"}, {})
-    assert "PeftModel" not in text and "A prefix adapter" in text and "lorica chat" in text
+    own = {"layout": "", "method": "adapter-h", "detail": "bottleneck 64", "unmergeable": "it is not linear"}
+    text = hub_card(ADAPTER | own, {})
+    assert "PeftModel" not in text and "A `adapter-h` adapter" in text and "lorica chat" in text
+    assert "adapter-h: bottleneck 64" in text and "cannot be merged, since it is not linear" in text
 
 
 def test_what_the_base_was_while_training_is_a_limit():

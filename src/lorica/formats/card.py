@@ -164,9 +164,9 @@ def _method(facts: Mapping[str, Any]) -> dict[str, str]:
 
 def _settings_of_adapter(facts: Mapping[str, Any]) -> str:
     scales = ", ".join(f"{scale:g}" for scale in facts["scales"])
-    own = f"{facts['method']}: {facts['detail']}"
+    update = f", rank {facts['rank']} at most, scale {scales}"
     rows = {
-        "method": f"{facts['method']}, rank {facts['rank']} at most, scale {scales}" if facts["rank"] else own,
+        "method": facts["method"] + (update if facts["method"] in _OF_PEFT else f": {facts['detail']}"),
         "targets": facts["targets_found"],
         "trained parameters": f"{facts['trainable']:,}",
     }
