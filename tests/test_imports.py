@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
-EXTRAS = ("datasets", "pyarrow", "pandas", "matplotlib", "peft", "bitsandbytes", "hypothesis", "pytest", "scipy")
+EXTRAS = (
+    "datasets", "pyarrow", "pandas", "matplotlib", "peft", "bitsandbytes", "hypothesis", "pytest", "scipy",
+    "starlette", "uvicorn", "pydantic", "prometheus_client", "openai",
+)  # fmt: skip
 
 
 def python(code: str) -> str:
@@ -53,12 +56,21 @@ def without(name, path=None, target=None):
     return None if name.split(".")[0] in {EXTRAS!r} else find(name, path, target)
 PathFinder.find_spec = staticmethod(without)
 import lorica
-names = [found.name for found in pkgutil.walk_packages(lorica.__path__, "lorica.") if "__main__" not in found.name]
+walk = pkgutil.walk_packages(lorica.__path__, "lorica.", onerror=lambda name: print("refused", name))
+names = [found.name for found in walk if "__main__" not in found.name]
 for name in names:
-    importlib.import_module(name)
+    if name != "lorica.serve.http":
+        importlib.import_module(name)
 print(len(names))
+try:
+    importlib.import_module("lorica.serve.http")
+except lorica.LoricaError as fault:
+    print(fault)
 """
-    assert int(python(code)) > 40
+    refused, count, told = python(code).splitlines()
+    assert refused == "refused lorica.serve.http"  # the one package that is an extra as a whole
+    assert int(count) > 40
+    assert 'pip install "lorica[serve]"' in told
 
 
 def test_importing_opens_no_connection_and_sets_up_no_logging():

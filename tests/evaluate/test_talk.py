@@ -18,7 +18,7 @@ def opened(two):
 
 @pytest.fixture
 def talk(opened):
-    return evaluate.Talk(opened.model, opened.tok, max_new=12)
+    return evaluate.Talk(evaluate.Here(opened.model, opened.tok), max_new=12)
 
 
 def said(pieces):
@@ -27,8 +27,8 @@ def said(pieces):
 
 def alone(talk, messages):
     """The greedy answer to messages."""
-    ids, _ = prompt_ids(Record("chat", messages=messages), talk.tok)
-    return evaluate.generate(talk.model, talk.tok, [ids], max_new=12)[0]
+    ids, _ = prompt_ids(Record("chat", messages=messages), talk.speaker.tok)
+    return evaluate.generate(talk.speaker.model, talk.speaker.tok, [ids], max_new=12)[0]
 
 
 def test_each_turn_is_given_the_whole_talk(talk):
@@ -53,7 +53,7 @@ def test_the_system_prompt_is_in_front_and_outlives_a_reset(talk):
 def test_toggling_answers_as_base_and_as_tuned(talk):
     user = [{"role": "user", "content": "hi"}]
     tuned = alone(talk, user)
-    with lorica.disabled(talk.model):
+    with lorica.disabled(talk.speaker.model):
         plain = alone(talk, user)
     assert plain != tuned
     assert talk.tuned and said(talk.ask("hi")) == tuned
@@ -68,7 +68,7 @@ def test_a_retry_is_the_other_models_answer_or_another_one(talk):
     tuned = said(talk.ask("hi"))
     talk.toggle()
     plain = said(talk.retry())
-    with lorica.disabled(talk.model):
+    with lorica.disabled(talk.speaker.model):
         assert plain == alone(talk, [{"role": "user", "content": "hi"}])
     drawn = [said(talk.retry()), said(talk.retry())]
     assert len({tuned, plain, *drawn}) == 4
@@ -82,10 +82,12 @@ def test_a_stopped_answer_is_remembered_as_far_as_it_came(talk):
 
 
 def test_without_a_template_each_prompt_is_continued_by_itself(talk):
-    talk.tok.chat_template = None
+    talk.speaker.tok.chat_template = None
     said(talk.ask("one"))
     answer = said(talk.ask("two"))
-    (expected,) = evaluate.generate(talk.model, talk.tok, [talk.tok("two")["input_ids"]], max_new=12)
+    (expected,) = evaluate.generate(
+        talk.speaker.model, talk.speaker.tok, [talk.speaker.tok("two")["input_ids"]], max_new=12
+    )
     assert talk.plain and answer == expected
     assert talk.row() == {"prompt": "two", "completion": answer}
 
@@ -94,10 +96,10 @@ def test_what_cannot_be_done_is_an_error_and_changes_nothing(talk, base):
     for use in (talk.row, talk.retry):
         with pytest.raises(LoricaError, match="nothing"):
             use()
-    talk.tok.chat_template = "{{ raise_exception('not today') }}"
+    talk.speaker.tok.chat_template = "{{ raise_exception('not today') }}"
     with pytest.raises(LoricaError, match="not today"):
         said(talk.ask("hi"))
     assert talk.messages == []
     model, tok = lorica.load(base, dtype="fp32")
     with pytest.raises(LoricaError, match="no adapter on this model"):
-        evaluate.Talk(model, tok).toggle()
+        evaluate.Talk(evaluate.Here(model, tok)).toggle()

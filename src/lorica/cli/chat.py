@@ -1,4 +1,4 @@
-"""`lorica chat X`: talk to a model; `/base` takes the adapter off and puts it on again."""
+"""`lorica chat X`: talk to a model here or on a server; `/base` takes the adapter off and puts it on again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class Settings(Common):
     no terminal, each of its lines is a message. -o FILE adds the talk to FILE at the end, as a row to train on."""
 
     x: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="X")]
-    """A model, an adapter or a run."""
+    """A model, an adapter or a run; or the address of a server (http://localhost:8000/v1), whose API key, if it wants
+    one, is read from the environment variable LORICA_API_KEY."""
+    model: str = ""
+    """Which of a server's models. Default: its first adapter."""
     prompt: str = ""
     """Answer this one message and end."""
     system: str = ""
@@ -60,19 +63,12 @@ class Settings(Common):
 
 def run(settings: Settings) -> int | dict[str, Any]:
     """Answer until there is nothing more to answer."""
-    from lorica import models
-    from lorica.cli.terminal import progress
-    from lorica.tasks import task_of
-
     if settings.max_new < 1 or settings.temperature < 0:
         raise WrongUse("--max-new must be 1 or more, --temperature 0 or more")
-    with progress(settings.quiet or settings.json) as tell:
-        how = {"dtype": settings.dtype, "device": settings.device, "quantize": settings.quantize}
-        opened = models.open_thing(settings.x, progress=tell, **how)
-    talk = task_of(opened.model).talk(
-        opened.model,
-        opened.tok,
-        system=settings.system or trained_with(settings.x).get("system", ""),
+    served = settings.x.startswith(("http://", "https://"))
+    talk = (_served if served else _opened)(
+        settings,
+        system=settings.system or ("" if served else trained_with(settings.x).get("system", "")),
         max_new=settings.max_new,
         temperature=settings.temperature,
         seed=settings.seed,
@@ -88,9 +84,30 @@ def run(settings: Settings) -> int | dict[str, Any]:
         chat.command(f"/save {settings.out}")
     if settings.json:
         return {"turns": chat.turns}
-    follow = "DATA --compare base" if opened.adapter else "DATA"
-    chat.note(f"next:  lorica eval {settings.x} {follow}")
+    if not served:
+        follow = "DATA --compare base" if talk.adapted else "DATA"
+        chat.note(f"next:  lorica eval {settings.x} {follow}")
     return 0
+
+
+def _opened(settings: Settings, **how: Any) -> Talk | Judgement:
+    from lorica import models
+    from lorica.cli.terminal import progress
+    from lorica.tasks import task_of
+
+    if settings.model:
+        raise WrongUse("--model is for the address of a server")
+    with progress(settings.quiet or settings.json) as tell:
+        kept = {"dtype": settings.dtype, "device": settings.device, "quantize": settings.quantize}
+        opened = models.open_thing(settings.x, progress=tell, **kept)
+    return task_of(opened.model).talk(opened.model, opened.tok, **how)
+
+
+def _served(settings: Settings, **how: Any) -> Talk:
+    from lorica.evaluate import Talk
+    from lorica.serve.client import Remote
+
+    return Talk(Remote(settings.x, settings.model), **how)
 
 
 class _Chat:
@@ -202,9 +219,7 @@ class _Chat:
 
     def who(self) -> str:
         """Who answers: an adapter, the model under it, or a model that has none."""
-        from lorica import patch
-
-        return "tuned" if self.talk.tuned else "base" if patch.adapters(self.talk.model) else "model"
+        return "tuned" if self.talk.tuned else "base" if self.talk.adapted else "model"
 
     def note(self, text: str, end: str = "\n") -> None:
         """What is not an answer, on stderr."""

@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "eval": "loss and exact match with confidence intervals, side by side",
     "merge": "fold an adapter into its model, verified",
     "compose": "add, subtract, weigh, truncate and merge adapters",
+    "serve": "MODEL and many adapters through OpenAI's API, each adapter a model name",
     "convert": "an adapter for llama.cpp, vLLM, MLX, Ollama, loralib, ...: written, read back, compared",
     "show": "what is in this model, adapter, run, or folder of adapters",
     "plan": "will it fit, how long will it take",

@@ -6,7 +6,7 @@
 4. `line_up`, `measure`, `against`: the base and several adapters on the same rows
 5. `judge`, `Verdicts`, `agreement`: labels and scores, and how well they agree with what is right
 6. `Answering`: answers to many rows in a file, in order, continued after a stop
-7. `Talk`: a conversation, with the adapter or without; `Judgement`: one text at a time
+7. `Talk`: a conversation with the adapter or without, `Here` or behind a server; `Judgement`: one text at a time
 """
 
 from lorica.evaluate.answering import Answering
@@ -16,7 +16,7 @@ from lorica.evaluate.judgement import Judgement
 from lorica.evaluate.judging import judge
 from lorica.evaluate.loss import LossResult, loss
 from lorica.evaluate.metrics import ClassRow, Difference, bootstrap, exact_match, paired, per_class, wilson
-from lorica.evaluate.talk import Talk
+from lorica.evaluate.talk import Here, Talk
 from lorica.evaluate.verdicts import Verdicts
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "ClassRow",
     "Contender",
     "Difference",
+    "Here",
     "Judgement",
     "LossResult",
     "Score",

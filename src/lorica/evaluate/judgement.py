@@ -26,6 +26,11 @@ class Judgement:
     hint = f"each line is judged by itself; the two texts of a pair with {BETWEEN!r} between them"
 
     @property
+    def adapted(self) -> bool:
+        """Whether there is an adapter, in use or not."""
+        return bool(patch.adapters(self.model))
+
+    @property
     def tuned(self) -> bool:
         """Whether an adapter answers, and not the base model."""
         return patch.active(self.model) is not None

@@ -1,10 +1,10 @@
-"""A conversation with a model: what was said so far, and the next answer as it comes."""
+"""A conversation: what was said so far, and the next answer as it comes, from a model here or one behind a server."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from lorica import patch
 from lorica.data import Record, prompt_ids
@@ -13,6 +13,70 @@ from lorica.evaluate.generation import stream
 
 # A retry of the likeliest answer by the same model would repeat it.
 RETRY_TEMPERATURE = 0.7
+Message = dict[str, str]
+
+
+class Speaker(Protocol):
+    """Who answers: a model with an adapter or without."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether prompts are continued as they are, for want of a chat template."""
+        ...
+
+    @property
+    def adapted(self) -> bool:
+        """Whether there is an adapter, in use or not."""
+        ...
+
+    @property
+    def tuned(self) -> bool:
+        """Whether an adapter answers, and not the base model."""
+        ...
+
+    def toggle(self) -> None:
+        """Let the base answer instead of the adapter, or the adapter again. LoricaError where there is none."""
+        ...
+
+    def answer(
+        self, messages: Sequence[Message], *, max_new: int, temperature: float, seed: int
+    ) -> Generator[str, None, None]:
+        """The next message in pieces; closing the generator stops it."""
+        ...
+
+
+@dataclass
+class Here:
+    """A model in this process."""
+
+    model: Any
+    tok: Any
+
+    @property
+    def plain(self) -> bool:
+        return not self.tok.chat_template
+
+    @property
+    def adapted(self) -> bool:
+        return bool(patch.adapters(self.model))
+
+    @property
+    def tuned(self) -> bool:
+        return patch.active(self.model) is not None
+
+    def toggle(self) -> None:
+        toggle(self.model)
+
+    def answer(
+        self, messages: Sequence[Message], *, max_new: int, temperature: float, seed: int
+    ) -> Generator[str, None, None]:
+        if self.plain:
+            system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+            row = Record("pair", prompt=messages[-1]["content"], system=system)
+        else:
+            row = Record("chat", messages=list(messages))
+        ids, _ = prompt_ids(row, self.tok)
+        yield from stream(self.model, self.tok, ids, max_new=max_new, temperature=temperature, seed=seed)
 
 
 def toggle(model: Any) -> None:
@@ -25,26 +89,25 @@ def toggle(model: Any) -> None:
 
 @dataclass
 class Talk:
-    """A model, a tokenizer and the messages so far.
+    """Somebody who answers, and the messages so far.
 
     `tries` counts the answers drawn for the last message; `answered` says whether the adapter gave the last of them.
     Without a chat template there is no conversation: each prompt is continued by itself, as plain text.
     """
 
-    model: Any
-    tok: Any
+    speaker: Speaker
     system: str = ""
     max_new: int = 512
     temperature: float = 0.0
     seed: int = 0
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
     tries: int = 0
     answered: bool | None = None
 
     @property
     def plain(self) -> bool:
         """Whether prompts are continued as they are, for want of a chat template."""
-        return not self.tok.chat_template
+        return self.speaker.plain
 
     @property
     def hint(self) -> str:
@@ -52,13 +115,18 @@ class Talk:
         return "no chat template: each message is continued as plain text, by itself" if self.plain else ""
 
     @property
+    def adapted(self) -> bool:
+        """Whether there is an adapter, in use or not."""
+        return self.speaker.adapted
+
+    @property
     def tuned(self) -> bool:
         """Whether an adapter answers, and not the base model."""
-        return patch.active(self.model) is not None
+        return self.speaker.tuned
 
     def toggle(self) -> None:
         """Let the base answer instead of the adapter, or the adapter again. LoricaError where there is no adapter."""
-        toggle(self.model)
+        self.speaker.toggle()
 
     def instruct(self, system: str) -> None:
         """Set the system prompt."""
@@ -93,16 +161,11 @@ class Talk:
             return {"prompt": asked["content"], "completion": answered["content"]}
         return {"messages": self._with_system(self.messages)}
 
-    def _answer(self, messages: list[dict[str, str]], temperature: float) -> Iterator[str]:
-        if self.plain:
-            row = Record("pair", prompt=messages[-1]["content"], system=self.system)
-        else:
-            row = Record("chat", messages=self._with_system(messages))
-        ids, _ = prompt_ids(row, self.tok)
+    def _answer(self, messages: list[Message], temperature: float) -> Iterator[str]:
         self.answered = self.tuned
         said, ended = "", False
-        pieces = stream(
-            self.model, self.tok, ids, max_new=self.max_new, temperature=temperature, seed=self.seed + self.tries
+        pieces = self.speaker.answer(
+            self._with_system(messages), max_new=self.max_new, temperature=temperature, seed=self.seed + self.tries
         )
         try:
             for piece in pieces:
@@ -110,9 +173,9 @@ class Talk:
                 yield piece
             ended = True
         finally:
-            pieces.close()  # type: ignore[attr-defined]
+            pieces.close()
             if said or ended:
                 self.messages = [*messages, {"role": "assistant", "content": said}]
 
-    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    def _with_system(self, messages: list[Message]) -> list[Message]:
         return [{"role": "system", "content": self.system}, *messages] if self.system else messages

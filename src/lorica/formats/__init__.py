@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from safetensors import safe_open
 from torch import Tensor
 
 from lorica.errors import LoricaError
@@ -88,3 +90,12 @@ def write(folder: Path, contents: Contents, dtype: str = "fp32") -> None:
     from lorica.formats import own, peft
 
     (peft if type(contents.method) is LoRA else own).write(folder, contents, dtype)
+
+
+def about(folder: Path) -> dict[str, str]:
+    """What lorica wrote about an adapter in PEFT's layout (`chat_template`, ...), from the header of its file alone."""
+    from lorica.formats import peft
+
+    with safe_open(folder / peft.TENSORS, framework="pt") as file:
+        found = json.loads((file.metadata() or {}).get("lorica", "{}"))
+    return {key: str(value) for key, value in found.items()}

@@ -7,7 +7,7 @@ from lorica.models.checkpoint import quiet
 from lorica.models.heads import draw_head, is_classifier, labels_of
 from lorica.models.loading import load
 from lorica.models.machine import resolve_device, resolve_dtype
-from lorica.models.opening import Description, Opened, describe, load_tokenizer, open_thing
+from lorica.models.opening import Description, Opened, adapter_folder, describe, load_tokenizer, open_thing
 from lorica.models.wheels import fetch_wheel
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Builtin",
     "Description",
     "Opened",
+    "adapter_folder",
     "describe",
     "draw_head",
     "fetch_wheel",

@@ -26,7 +26,12 @@ from lorica.models.builtin import BUILTIN, place
 from lorica.models.machine import native_bf16, resolve_device, resolve_dtype
 
 _BASE = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "gguf", "huggingface_hub", "rich", "tyro")
-_EXTRAS = {"data": ("datasets", "pandas", "pyarrow"), "plot": ("matplotlib",), "quant": ("bitsandbytes",)}
+_EXTRAS = {
+    "data": ("datasets", "pandas", "pyarrow"),
+    "plot": ("matplotlib",),
+    "quant": ("bitsandbytes",),
+    "serve": ("prometheus_client", "pydantic", "starlette", "uvicorn"),
+}
 _OTHERS = ("peft", "bitsandbytes", "triton")
 
 

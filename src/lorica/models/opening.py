@@ -85,11 +85,11 @@ def open_thing(
     Raises:
         LoricaError: as `load`, or an adapter that does not fit or names no base that can be loaded.
     """
-    base, folder = (None, _adapter_folder(thing)) if str(thing) not in BUILTIN else (str(thing), None)
+    base, folder = (None, adapter_folder(thing)) if str(thing) not in BUILTIN else (str(thing), None)
     if adapter is not None:
         if folder:
             raise LoricaError(f"{thing} is an adapter already: give its base model, or leave {adapter} away")
-        base, folder = str(thing), _adapter_folder(adapter)
+        base, folder = str(thing), adapter_folder(adapter)
         if folder is None:
             raise LoricaError(f"{adapter} is neither an adapter nor a run: no {_ADAPTER} in it")
     chosen = Adapter.load(folder) if folder else None
@@ -119,7 +119,7 @@ def load_tokenizer(thing: str | Path, *, progress: Progress | None = None) -> Pr
     """The tokenizer alone of whatever `open_thing` takes, with the chat template of an adapter's training."""
     template = None
     source = thing
-    if str(thing) not in BUILTIN and (folder := _adapter_folder(thing, weights=False)):
+    if str(thing) not in BUILTIN and (folder := adapter_folder(thing, weights=False)):
         adapter = Adapter.load(folder)
         source, template = _base_named(adapter, folder), adapter.meta.get("chat_template")
     path, name = locate(source, progress, weights=False), base_name(source)
@@ -149,7 +149,7 @@ def describe(model: PreTrainedModel) -> Description:
     )
 
 
-def _adapter_folder(thing: str | Path, weights: bool = True) -> Path | None:
+def adapter_folder(thing: str | Path, weights: bool = True) -> Path | None:
     """The folder with the adapter that `thing` is or holds; None where it is something else."""
     path = Path(thing).expanduser()
     if path.is_file():

@@ -11,6 +11,12 @@ attention.py  attention over its paged cache
 sampling.py   from logits to tokens
 plain.py      a slower engine for what the bridge cannot serve
 check.py      what an engine shows before it serves
+text.py       tokens to text as it comes, up to stop strings
+keys.py       who may ask for what
+admission.py  who begins next
+memory.py     what serving takes, from shapes
+client.py     a model behind a server, to talk to
+http/         OpenAI's API; the extra `serve`
 
 layers = Layers(model)
 store = Store(layers.read, root)

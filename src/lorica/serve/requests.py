@@ -65,6 +65,13 @@ class Request:
         return self.most - len(self.said)
 
 
+def kv_bytes(config: Any, itemsize: int) -> int:
+    """Bytes of the keys and values of one token in all layers of a text config."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head * itemsize
+
+
 def capacity(model: Any, settings: EngineSettings) -> tuple[int, int]:
     """Tokens that the cache of keys and values may hold, in whole pages, and those of one prompt and its answer.
 
@@ -74,9 +81,7 @@ def capacity(model: Any, settings: EngineSettings) -> tuple[int, int]:
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 17
     wanted = settings.kv_tokens
     if not wanted:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        each = 2 * config.num_hidden_layers * heads * head * model.dtype.itemsize
+        each = kv_bytes(config, model.dtype.itemsize)
         cuda = model.device.type == "cuda"
         free = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
         wanted = max(settings.page, min(free // 4 // each, settings.requests * context))

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorica.errors import LoricaError, nearest
@@ -183,15 +183,20 @@ class Store:
         """Bytes of all payloads in memory."""
         return self._nbytes
 
+    def find(self, name: str) -> Status:
+        """What a name or alias stands for now. `Unknown` where it is neither."""
+        with self.changed:
+            if not (to := self._aliases.get(name)):
+                return self._status(name, self._entry(name))
+            if to.name not in self._entries:
+                return Status(name, "unloaded", "", alias_of=str(to))
+            meant = self._status(to.name, self._entries[to.name])
+            return replace(meant, name=name, alias_of=str(to), state="pinned" if to.generation else meant.state)
+
     def status(self) -> list[Status]:
         """Every name and alias, sorted."""
         with self.changed:
-            found = [self._status(name, entry) for name, entry in self._entries.items()]
-            for alias, to in self._aliases.items():
-                meant = self._status(to.name, self._entries[to.name]) if to.name in self._entries else None
-                state: State = "pinned" if to.generation else meant.state if meant else "unloaded"
-                found.append(Status(alias, state, meant.path if meant else "", alias_of=str(to)))
-        return sorted(found, key=lambda each: each.name)
+            return [self.find(name) for name in sorted([*self._entries, *self._aliases])]
 
     def scan(self) -> None:
         """Look at the files: new names appear, those that are gone get no new leases, changed ones are read again."""

@@ -59,7 +59,7 @@ class Language:
 
     def talk(self, model: Any, tok: Any, **how: Any) -> evaluate.Talk:
         """See `evaluate.Talk`."""
-        return evaluate.Talk(model, tok, **how)
+        return evaluate.Talk(evaluate.Here(model, tok), **how)
 
     def asked(self, line: str, system: str) -> Record:
         """A line of text as a prompt."""
