@@ -94,8 +94,8 @@ def write(folder: Path, contents: Contents, dtype: str = "fp32") -> None:
 
 def about(folder: Path) -> dict[str, str]:
     """What lorica wrote about an adapter in PEFT's layout (`chat_template`, ...), from the header of its file alone."""
-    from lorica.formats import peft
+    from lorica.formats import pair
 
-    with safe_open(folder / peft.TENSORS, framework="pt") as file:
+    with safe_open(folder / pair.TENSORS, framework="pt") as file:
         found = json.loads((file.metadata() or {}).get("lorica", "{}"))
     return {key: str(value) for key, value in found.items()}
