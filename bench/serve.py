@@ -5,7 +5,7 @@
 
 Parts, each in a process of its own, its contenders in turn within it so that they share a moment of the machine:
 
-    mixes       16 requests at once: the base, merged, one adapter, sixteen, of one rank and of many
+    mixes       a decoding step of 16 requests: the base, merged, one adapter, sixteen, of one rank and of many
     peers       the same prompts through transformers' continuous batching, batched generate, and PEFT's mixed batch
     registered  requests over 5 and over 1,000 registered adapters (Zipf), and over twice what may be in memory
     exact       requests on the base and 16 adapters; what was said against the argmax of merged weights
@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import gc
 import hashlib
+import itertools
 import json
 import random
 import statistics
@@ -54,6 +55,9 @@ TARGETS = {
 }
 
 
+clock = time.perf_counter
+
+
 def main() -> None:
     """Run the parts one after another and print one report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,10 +71,15 @@ def main() -> None:
     parser.add_argument("--exact", type=int, default=1000, help="requests of part exact")
     parser.add_argument("--soak", type=int, default=10_000, help="requests of part soak")
     parser.add_argument("--folder", help="where adapters are made, and found again by the next run")
+    parser.add_argument(
+        "--cpu", action="store_true", help="count this process's CPU time, where others share the cores"
+    )
     parser.add_argument("--timeout", type=float, default=3600)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    global clock
+    clock = time.process_time if options.cpu else time.perf_counter
     if options.child:
         print(json.dumps(globals()[options.child](options)))
         return
@@ -108,18 +117,24 @@ class Served:
         self.engine.stop()
         self.store.close()
 
-    def run(self, jobs: list[tuple[str | None, list[int]]], count: int) -> tuple[float, list[list[int]]]:
-        """Seconds for all of some requests at once, and what they said."""
+    def run(self, jobs: list[tuple[str | None, list[int]]], count: int) -> tuple[float, list[list[int]], list[float]]:
+        """Seconds for all of some requests at once, what they said, and between the tokens of the last one.
+
+        When the last has its first token all are read, so those times are of steps that decode all of them.
+        """
         from lorica.serve.engine import Sampling
 
         leases = [self.store.lease(name) if name else None for name, _ in jobs]
         for lease in leases:
             assert lease is None or (lease.wait() and lease.generation.payload), lease.generation.error
-        began = time.perf_counter()
+        began = clock()
         sampling = Sampling(count, ignore_eos=True)
         streams = [self.engine.submit(ids, sampling, lease) for (_, ids), lease in zip(jobs, leases, strict=True)]
-        said = [[token.id for token in stream.result()[0]] for stream in streams]
-        return time.perf_counter() - began, said
+        times = [(item, clock()) for item in streams[-1]]
+        said = [[token.id for token in stream.result()[0]] for stream in streams[:-1]]
+        said.append([token.id for token, _ in times[:-1]])
+        gaps = [after - before for (_, before), (_, after) in itertools.pairwise(times[:-1])]
+        return clock() - began, said, gaps
 
 
 def made(model: Any, folder: Path, name: str, r: int, targets: str, seed: int) -> None:
@@ -156,16 +171,17 @@ def prompts(options: Any, count: int, vocab: int) -> tuple[list[list[int]], str]
     return ids, hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
 
 
-def in_turn(calls: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, once to warm up and then `repeats` times in turn."""
+def in_turn(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each, or of each of its steps, once to warm up and then `repeats` times in turn."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
             gc.collect()
             seconds = call()
+            each = seconds if isinstance(seconds, list) else [seconds]
             if turn:
-                found[name].append(seconds)
-                print(f"{turn}/{repeats} {name:28} {seconds:.2f} s", file=sys.stderr, flush=True)
+                found[name] += each
+                print(f"{turn}/{repeats} {name:32} {statistics.median(each):.3f} s", file=sys.stderr, flush=True)
     return found
 
 
@@ -195,28 +211,28 @@ def mixes(options: Any) -> dict[str, Any]:
         served = Served(options, folder)
         ids, digest = prompts(options, 16, served.model.config.vocab_size)
 
-        def merged() -> float:
+        def merged() -> list[float]:
             with served.engine.pause():
                 kept = {name: p.data for name, p in served.model.named_parameters()}
                 for target in adapter.targets:
                     A, B = (adapter.tensors[f"{target.path}#lora.{factor}"] for factor in "AB")
                     parameter = served.model.get_parameter(f"{target.path}.weight")
                     parameter.data = parameter.data + adapter.method.scale_of(target.key) * (B @ A)
-            seconds = served.run([(None, each) for each in ids], options.answer)[0]
+            gaps = served.run([(None, each) for each in ids], options.answer)[2]
             with served.engine.pause():
                 for name, value in kept.items():
                     served.model.get_parameter(name).data = value
-            return seconds
+            return gaps
 
-        calls: dict[str, Callable[[], float]] = {
-            name: lambda names=names: served.run(list(zip(names, ids, strict=True)), options.answer)[0]
+        calls: dict[str, Callable[[], Any]] = {
+            name: lambda names=names: served.run(list(zip(names, ids, strict=True)), options.answer)[2]
             for name, names in plan.items()
         }
         found = in_turn({"base": calls.pop("base"), "merged": merged, **calls}, options.repeats)
         served.close()
     took = medians(found)
     ratios = {f"{name} / base": seconds / took["base"] for name, seconds in took.items() if name != "base"}
-    return {"results": rates(found, 16 * options.answer), "ratios": ratios, "settings": {"prompts": digest}}
+    return {"results": rates(found, 16), "ratios": ratios, "settings": {"prompts": digest}}
 
 
 def peers(options: Any) -> dict[str, Any]:
@@ -242,9 +258,9 @@ def peers(options: Any) -> dict[str, Any]:
 
         @torch.no_grad()
         def timed(call: Callable[[], Any]) -> float:
-            began = time.perf_counter()
+            began = clock()
             call()
-            return time.perf_counter() - began
+            return clock() - began
 
         def upstream() -> None:
             size = ContinuousBatchingConfig(page_size=32, num_blocks=1024, max_batch_tokens=512, max_memory_percent=1.0)
@@ -304,19 +320,19 @@ def registered(options: Any) -> dict[str, Any]:
                         job = next(jobs, None)
                     if job is None:
                         return
-                    began = time.perf_counter()
+                    began = clock()
                     stream = served.engine.submit(job[1], Sampling(8, ignore_eos=True), store.lease(job[0]))
                     next(stream)
-                    waits.append(time.perf_counter() - began)
+                    waits.append(clock() - began)
                     assert stream.result()[1].reason == "length"
 
-            began = time.perf_counter()
+            began = clock()
             threads = [threading.Thread(target=ask) for _ in range(16)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-            return time.perf_counter() - began, statistics.median(waits)
+            return clock() - began, statistics.median(waits)
 
         few, many = zipf(5), zipf(options.adapters)
         every = [f"a{draw.randrange(64)}" for _ in range(options.requests)]
@@ -366,7 +382,7 @@ def exact(options: Any) -> dict[str, Any]:
         draw, jobs = random.Random(2), []
         for each in prompts(options, options.exact, model.config.vocab_size)[0]:
             jobs.append((draw.choice(names), each[: draw.randrange(4, len(each))]))
-        seconds, said = served.run(jobs, 8)
+        seconds, said, _ = served.run(jobs, 8)
         served.close()
         differ: list[dict[str, Any]] = []
         beyond = 0
@@ -448,13 +464,13 @@ def soak(options: Any) -> dict[str, Any]:
                 with lock:
                     counts[reason] += 1
 
-        began = time.perf_counter()
+        began = clock()
         threads = [threading.Thread(target=count, args=(seed,)) for seed in range(24)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        seconds, facts = time.perf_counter() - began, engine.facts()
+        seconds, facts = clock() - began, engine.facts()
         alive = engine.alive and not facts["restarts"] and all(status.leases == 0 for status in store.status())
         engine.stop()
         store.close()

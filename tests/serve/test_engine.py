@@ -42,6 +42,19 @@ def test_a_stream_is_read_by_many_coroutines_at_once():
         assert [item.id for item in items[:-1]] == list(range(20)) and items[-1] == End("stop")
 
 
+def test_a_reader_whose_event_loop_is_gone_does_not_stop_the_engine():
+    stream = Stream(lambda: None)
+
+    async def first():
+        return await anext(stream)
+
+    stream.put(Token(1))
+    assert asyncio.run(first()) == Token(1)
+    stream.put(Token(2))
+    stream.put(End("stop"))
+    assert list(stream) == [Token(2), End("stop")]
+
+
 def test_cancel_is_told_once_and_not_after_the_end():
     told = []
     stream = Stream(lambda: told.append(1))

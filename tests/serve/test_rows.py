@@ -141,3 +141,15 @@ def test_what_cannot_be_mixed_is_refused_with_every_reason(layers):
     stir(other)
     with pytest.raises(LoricaError, match="no linear layer"):
         layers.rows(Adapter.of(other))
+
+
+def test_a_layer_that_sees_some_of_the_tokens_only_cannot_be_mixed():
+    """Its rows are not the batch's rows, so whose they are is not known."""
+    model = base()
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x[:, 1:])) * mlp.up_proj(x[:, 1:])).mean(1, True)
+    adapter = Adapter.of(merged()["r64"])
+    with pytest.raises(LoricaError) as fault:
+        Layers(model).rows(adapter)
+    told = str(fault.value)
+    assert told.count("see every token") == 3 and "layers.1.mlp.up_proj" in told and "layers.0" not in told

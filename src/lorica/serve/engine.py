@@ -6,6 +6,7 @@ Whoever asks for text sees only this file, `leases.py` and `store.py`; `bridge.p
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -110,8 +111,9 @@ class Stream:
             self._items.append(item)
             self._filled.notify()
             waiter = self._waiter
-        if waiter and not waiter[0].is_closed():
-            waiter[0].call_soon_threadsafe(waiter[1].set)
+        if waiter:
+            with contextlib.suppress(RuntimeError):  # the reader's event loop was closed: nobody is there to be woken
+                waiter[0].call_soon_threadsafe(waiter[1].set)
 
     def cancel(self) -> None:
         """Stop generating; an `End` with `cancelled` follows soon. From any thread, any number of times."""

@@ -101,14 +101,14 @@ class Layers:
 
     @torch.no_grad()
     def _join(self) -> None:
-        """Find the layers that are called with the same tensor."""
+        """Run the model once: find the layers that are called with the same tensor, and those that see every token."""
         seen: list[tuple[Tensor, _Layer]] = []
         hooks = [
             layer.module.register_forward_pre_hook(lambda _, args, layer=layer: seen.append((args[0], layer)))
             for layer in self.layers
         ]
         device: Any = self.model.device
-        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        ids = torch.zeros(1, 5, dtype=torch.long, device=device)
         try:
             self.model(input_ids=ids, use_cache=False)
         finally:
@@ -118,6 +118,8 @@ class Layers:
             if x is before:
                 layer.group = earlier.group
         self._called = {layer.index: turn for turn, (_, layer) in enumerate(seen)}
+        partly = {layer.index for x, layer in seen if x.numel() != 5 * layer.into}
+        self._whole = set(self._called) - partly
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -283,6 +285,9 @@ class Layers:
             A, B, m = (tensors.pop(f"{target.path}#{part}.{name}", None) for name in "ABm")
             if layer is None or A is None or B is None:
                 faults.append(f"{target}: no linear layer of this model, so it is served merged only")
+                continue
+            if layer.index not in self._whole:
+                faults.append(f"{target}: it does not see every token, as an expert, so it is served merged only")
                 continue
             rows = target.rows or (0, layer.out)
             if A.shape[-1] != layer.into or B.shape[0] != rows[1] - rows[0] or rows[1] > layer.out:
