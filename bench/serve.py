@@ -63,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--only", help="contenders of part mixes, with commas between; default all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--answer", type=int, default=32, help="tokens")
@@ -228,7 +229,9 @@ def mixes(options: Any) -> dict[str, Any]:
             name: lambda names=names: served.run(list(zip(names, ids, strict=True)), options.answer)[2]
             for name, names in plan.items()
         }
-        found = in_turn({"base": calls.pop("base"), "merged": merged, **calls}, options.repeats)
+        calls = {"base": calls.pop("base"), "merged": merged, **calls}
+        only = options.only.split(",") if options.only else calls
+        found = in_turn({name: calls[name] for name in calls if name in only}, options.repeats)
         served.close()
     took = medians(found)
     ratios = {f"{name} / base": seconds / took["base"] for name, seconds in took.items() if name != "base"}
