@@ -198,15 +198,12 @@ class _Router(OutputRouter):
 
 
 class _Scheduler(FIFOScheduler):
-    """First in, first out; side by side by adapter; says who was cancelled; makes room before it gives up."""
+    """First in, first out; side by side by adapter; says who was cancelled."""
 
     bridge: Bridge
 
     def schedule_batch(self, token_budget: int, cache_budget: int):
         found = super().schedule_batch(token_budget, cache_budget)
-        if found[0] is None and self.cache.evict_cached_blocks():
-            self.cache.pool.try_to_free_sectors()
-            found = super().schedule_batch(token_budget, cache_budget)
         batch = found[0]
         if batch:
             known = [self.bridge.requests.by_id[each.state.request_id] for each in batch]
