@@ -23,7 +23,11 @@ from test_laws import CASES as LAWFUL
 from test_quantised import packed
 from tiny import MODELS, gpt2, llama, logits, stir
 
-CASES = {name: (MODELS[kind], method, targets) for name, (kind, method, targets) in LAWFUL.items()} | {
+CASES = {
+    name: (MODELS[kind], method, targets)
+    for name, (kind, method, targets) in LAWFUL.items()
+    if not method.dora  # no sum of a base and low-rank updates: refused
+} | {
     "conv": (net(), LoRA(r=6), "conv"),
     "experts": (mixture("mixtral"), LoRA(r=3, ranks={"experts.down_proj": 2}), "experts, q_proj"),
     "experts kept as in x out": (mixture("gpt-oss"), LoRA(r=3), "experts"),
@@ -293,7 +297,7 @@ def test_copies_of_the_base_that_peft_adds_are_neither_weighted_nor_lost():
     assert both.apply(llama(tied=False)) == ["model.embed_tokens"]
 
 
-class DoRA(LoRA):
+class Other(LoRA):
     """Some other method."""
 
 
@@ -311,7 +315,8 @@ def test_what_cannot_be_combined_is_refused_with_the_reason():
         a, tensors={**a.tensors, "model.layers.0.self_attn.q_proj#lora.magnitude": torch.ones(2)}
     )
     refused("no pair of matrices A and B: .*magnitude", a, other)
-    refused("is DoRA, which is no sum of", a, dataclasses.replace(a, method=DoRA(r=2)))
+    refused("is Other, which is no sum of", a, dataclasses.replace(a, method=Other(r=2)))
+    refused("is DoRA, whose magnitudes make it no sum", a, trained(llama, LoRA(r=2, dora=True), "qv"))
     whole = trained(llama, LoRA(r=2, modules_to_save=("norm",)), "qv")
     elsewhere = dataclasses.replace(whole, meta={**whole.meta, "base_fingerprint": "other"})
     refused("norm.weight is trained whole, but on different weights", whole, elsewhere)
