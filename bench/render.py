@@ -16,7 +16,7 @@ from measure import judged
 HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "bench.md"
 README = HERE.parent / "README.md"
-UNITS = {"train": "tok/s", "many": "tok/s", "plan": "GB", "classify": "%"}
+UNITS = {"train": "tok/s", "many": "tok/s", "plan": "GB", "classify": "%", "variants": "nats"}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "files"},
     {"weights", "core"},
     {"targets", "rows", "kernels"},
-    {"dora", "geometry"},
+    {"dora", "geometry", "spectral"},
     {"lowrank"},
     {"state"},
     {"merging"},

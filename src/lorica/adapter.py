@@ -65,9 +65,10 @@ class Adapter:
         } | ({"quantize": packing} if (packing := patch.packing(model)) else {})
         if head := [path for path in task_head(model) if any(key.startswith(f"{path}.") for key in record.selected)]:
             known["head"] = json.dumps(head)
-        tensors = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in record.tensors().items()}
+        tensors = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in record.values().items()}
         about = MappingProxyType(known | dict(meta or {}))
-        return cls(record.method, tuple(record.targets), MappingProxyType(tensors), about)
+        method = record.method.saved() if isinstance(record.method, LoRA) else record.method
+        return cls(method, tuple(record.targets), MappingProxyType(tensors), about)
 
     @classmethod
     def load(cls, source: str | Path) -> Adapter:

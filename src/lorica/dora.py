@@ -43,8 +43,7 @@ class Norms:
     @torch.no_grad()
     def __call__(self, layer: nn.Module, A: Tensor, B: Tensor, scale: float, exact: bool) -> Tensor:
         """``||W + scale B A||`` in fp32, by `norms` if `exact`, else by `quick_norms`."""
-        storage = weights.storage(layer)
-        assert storage is not None, type(layer)
+        storage = weights.storage_of(layer)
         W = storage.read(layer)
         A, B = A.detach().to(W.device), B.detach().to(W.device)
         if exact:
@@ -66,8 +65,7 @@ def output(layer: nn.Module, y: Tensor, update: Tensor, g: Tensor, scale: float)
 
     Dropout is on the input of A alone. PEFT drops from the base's own product too, for which it makes it twice.
     """
-    storage = weights.storage(layer)
-    assert storage is not None, type(layer)
+    storage = weights.storage_of(layer)
     g = storage.per_output(layer, g)
     if storage.takes_ids:
         return g * y + g * update * scale

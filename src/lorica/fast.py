@@ -115,7 +115,7 @@ def _group(layers: Sequence[nn.Module], tokens: int, salts: dict[int, int]) -> t
                 drop = part.dropout.p if layer.training and isinstance(part.dropout, nn.Dropout) else 0.0
                 gains = [] if part.m is None else [part.gain(layer)]
                 update = Update(k, part.scale, (start, stop), part.rows, drop, salts.get(id(part), 0), bool(gains))
-                found.append((update, part.A, part.B, gains))
+                found.append((update, *part.factors, gains))
     found.sort(key=lambda each: each[0].tokens)
     factors = [factor for _, A, B, _ in found for factor in (A, B)]
     factors += [gain for *_, gains in found for gain in gains]

@@ -10,30 +10,30 @@ nothing else; biases, whole modules and single token rows are what its users cam
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lorica import dora, weights
+from lorica import dora, spectral, weights
 from lorica.errors import all_faults
-from lorica.geometry import SCALINGS
+from lorica.geometry import SCALINGS, Start
 from lorica.kernels import experts
-from lorica.rows import TiedTokenRows, TokenRows
-from lorica.targets import CHILD, Target, input_embedding, names
+from lorica.rows import TiedTokenRows, TokenRows, ascending
+from lorica.targets import CHILD, Ends, Target, by_pattern, fits, names
 
 INITS: dict[str, Callable[[Tensor], Tensor]] = {
     # The distribution of nn.Linear's own weights, as loralib draws A.
     "kaiming": lambda A: nn.init.kaiming_uniform_(A, a=math.sqrt(5)),
     # "a random Gaussian initialization for A" (section 4.1); its width is not given there, 1/r is PEFT's.
     "gaussian": lambda A: nn.init.normal_(A, std=1 / A.shape[0]),
-    # Where the base is not quantized, so that nothing was taken away; elsewhere `LowRank.make_up_for` follows.
-    "loftq": lambda A: nn.init.kaiming_uniform_(A, a=math.sqrt(5)),
 }
+# Both factors go elsewhere once they are drawn: to what quantizing took away, or to singular vectors.
+STARTS = ("loftq", *spectral.SPECTRAL)
 BIASES = ("none", "all", "lora_only")
 
 
@@ -45,7 +45,7 @@ class LowRank(nn.Module):
         r: rank, at least 1.
         scale: what multiplies ``B A``; `LoRA.scale` gives it from alpha.
         dropout: probability of dropping an element of the input of A (section 4 of the released code's layers).
-        init: a key of `INITS`.
+        init: a key of `INITS`, or one of `STARTS`, which draw A as `kaiming` does.
 
     The factors are fp32 whatever the base is kept in; the input is cast to them and the sum back to the base's dtype.
     """
@@ -60,6 +60,8 @@ class LowRank(nn.Module):
         self.A = nn.Parameter(torch.empty(of_A, dtype=torch.float32))
         self.B = nn.Parameter(torch.empty(of_B, dtype=torch.float32))
         self.register_parameter("m", None)
+        for held in ("A0", "B0"):
+            self.register_buffer(held, None, persistent=False)
         self.dropout = nn.Dropout(dropout) if dropout and target.storage != "embedding" else nn.Identity()
         if target.storage == "embedding":
             # Only columns of A whose ids occur get a gradient, so A is the factor that starts at zero, as in loralib.
@@ -67,25 +69,33 @@ class LowRank(nn.Module):
             nn.init.normal_(self.B)
         else:
             for A in self.A.data if self.A.ndim > 2 else [self.A]:
-                INITS[init](A)
+                INITS.get(init, INITS["kaiming"])(A)
             nn.init.zeros_(self.B)
 
     @property
     def r(self) -> int:
         return self.A.shape[-2]
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole update; a start that is held against it takes further ranks (see `lorica.spectral`)."""
+        if (start := self.start) is None:
+            return self.A, self.B
+        return torch.cat((self.A, start.A), -2), torch.cat((self.B, start.B), -1)
+
     def forward(self, layer: nn.Module, base: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
         """``base(x) + scale B A x``: ``[..., in]`` (ids ``[...]`` for an embedding) to ``[..., out]``."""
-        storage = _storage(layer)
+        storage = weights.storage_of(layer)
         if storage.inside:
             assert self.part is not None
-            own = experts.Update(self.A, self.B, self.scale)
+            own = experts.Update(*self.factors, self.scale)
             return experts.updated(layer, self.part, own, base, x, *args, **kwargs)
         y = base(x, *args, **kwargs)
         if storage.takes_ids:
             self._grow(storage.shape(layer)[1])
         # PEFT's order of operations, so that fp32 results agree with it to the bit.
-        update = storage.up(layer, storage.down(layer, self.dropout(x), self.A), self.B)
+        A, B = self.factors
+        update = storage.up(layer, storage.down(layer, self.dropout(x), A), B)
         if self.m is not None:
             return dora.output(layer, y, update, self.gain(layer, exact=True), self.scale).to(y.dtype)
         update = update * self.scale
@@ -96,7 +106,8 @@ class LowRank(nn.Module):
 
     def delta(self) -> Tensor:
         """``scale B A`` as a full ``[out, in]`` matrix in fp32, zero outside the slice; a stack of them for a stack."""
-        delta = self.scale * (self.B.detach().float() @ self.A.detach().float())
+        A, B = (factor.detach().float() for factor in self.factors)
+        delta = self.scale * (B @ A)
         if self.rows:
             start, stop = self.rows
             delta = torch.nn.functional.pad(delta, (0, 0, start, self.out_features - stop))
@@ -129,11 +140,24 @@ class LowRank(nn.Module):
         """Start at the best approximation of what the layer's matrix lost, ``W - Q [out, in]`` (`loftq`)."""
         lost = lost[slice(*self.rows)] if self.rows else lost
         if lost.any():
-            A, B = best_factors(lost / self.scale, self.r)
+            A, B = spectral.best_factors(lost / self.scale, self.r)
             self.A.data[: len(A)], self.B.data[:, : len(A)] = A.to(self.A), B.to(self.B)
 
+    def start_at(self, A: Tensor, B: Tensor) -> None:
+        """Start at these factors and hold them against the update, so that the layer starts as the base's."""
+        self.A.data.copy_(A)
+        self.B.data.copy_(B)
+        self.A0, self.B0 = self.A.detach().clone(), -self.B.detach()
+
+    @property
+    def start(self) -> Start | None:
+        """What is held against the update: A and minus B as they started."""
+        return None if self.A0 is None or self.B0 is None else Start(self.A0, self.B0, self.scale)
+
     def silent(self) -> bool:
-        """Whether the patch still changes nothing: one of its factors is all zero."""
+        """Whether the patch still changes nothing: one of its factors is all zero, or both are where they started."""
+        if (start := self.start) is not None:
+            return torch.equal(self.A, start.A) and torch.equal(self.B, -start.B)
         return not (self.A.any() and self.B.any())
 
     def extra_repr(self) -> str:
@@ -142,23 +166,9 @@ class LowRank(nn.Module):
     def _grow(self, in_features: int) -> None:
         # An embedding may get more rows after the patch was made; a zero column of A leaves a new row as it is.
         if in_features > self.A.shape[-1]:
-            self.A.data = nn.functional.pad(self.A.data, (0, in_features - self.A.shape[-1]))
-
-
-def best_factors(D: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """``A [r, in]`` and ``B [out, r]`` in fp32 of which ``B A`` is the best approximation of ``D [out, in]``.
-
-    As the singular value decomposition gives it (Eckart, Young), each rank's size shared between the factors; but from
-    the eigenvectors of the smaller Gram matrix, at a third of the cost. r is at most the smaller side of D.
-    """
-    D = D.float()
-    if D.shape[0] < D.shape[1]:
-        B, A = best_factors(D.T, r)
-        return A.T, B.T
-    V = torch.linalg.eigh(D.T @ D).eigenvectors[:, -r:].flip(-1)
-    U = D @ V
-    root = U.norm(dim=0).clamp_min(torch.finfo(U.dtype).tiny).sqrt()
-    return (V * root).T, U / root
+            more = (0, in_features - self.A.shape[-1])
+            self.A.data = nn.functional.pad(self.A.data, more)
+            self.A0 = None if self.A0 is None else nn.functional.pad(self.A0, more)
 
 
 class TiedLowRank(nn.Module):
@@ -171,8 +181,9 @@ class TiedLowRank(nn.Module):
     def forward(self, layer: nn.Module, base: Callable[..., Tensor], x: Tensor) -> Tensor:
         """``base(x) + scale x B A``: hidden ``[..., dim]`` to logits ``[..., vocab]``."""
         (patch,) = self.source
+        A, B = patch.factors
         y = base(x)
-        return (y + (x.to(patch.B.dtype) @ patch.B) @ patch.A * patch.scale).to(y.dtype)
+        return (y + (x.to(B.dtype) @ B) @ A * patch.scale).to(y.dtype)
 
     def fold(self, layer: nn.Module, W: Tensor) -> Tensor:
         """``W + (scale B A)^T`` for ``W [vocab, dim]`` in fp32."""
@@ -193,7 +204,8 @@ class LoRA:
         dropout: on the input of A; refused where experts are adapted.
         scaling: ``alpha/r``, or ``alpha/sqrt(r)``, which keeps the update's size as r grows (rsLoRA, arXiv 2312.03732).
         init: how A starts, `kaiming` or `gaussian`, while B starts at zero; or `loftq`: both start at what quantizing
-            the base took away (arXiv 2310.08659), the base as it is packed, for a model that `load` quantized.
+            the base took away (arXiv 2310.08659), the base as it is packed, for a model that `load` quantized; or
+            `pissa`, `gradient`: both start at singular vectors (`lorica.spectral`), the latter when training begins.
         bias: train no biases, `all` of the model's, or those of the patched layers (`lora_only`).
         ranks, alphas: other values for some targets; a key is a regex that must match the end of `Target.key`
             from a dot on, as PEFT's rank_pattern, and the first that does counts.
@@ -221,7 +233,7 @@ class LoRA:
 
     def __post_init__(self) -> None:
         # Equal settings are to be equal values, however they were spelled.
-        for name, plain in (("alpha", float), ("ranks", dict), ("modules_to_save", tuple), ("token_rows", _sorted)):
+        for name, plain in (("alpha", float), ("ranks", dict), ("modules_to_save", tuple), ("token_rows", ascending)):
             object.__setattr__(self, name, plain(getattr(self, name)))
         object.__setattr__(self, "alphas", {key: float(alpha) for key, alpha in self.alphas.items()})
         ranks, alphas = [self.r, *self.ranks.values()], [self.alpha, *self.alphas.values()]
@@ -232,8 +244,9 @@ class LoRA:
                 *(("alpha", alpha, math.isfinite(alpha), "a finite number") for alpha in alphas),
                 ("dropout", self.dropout, 0 <= self.dropout < 1, "at least 0 and below 1"),
                 ("scaling", self.scaling, self.scaling in SCALINGS, f"one of {', '.join(SCALINGS)}"),
-                ("init", self.init, self.init in INITS, f"one of {', '.join(INITS)}"),
+                ("init", self.init, self.init in [*INITS, *STARTS], f"one of {', '.join([*INITS, *STARTS])}"),
                 ("bias", self.bias, self.bias in BIASES, f"one of {', '.join(BIASES)}"),
+                ("dora", self.dora, not (self.dora and self.init in spectral.SPECTRAL), f"off with init={self.init!r}"),
             )
             if not good
         ]
@@ -242,15 +255,34 @@ class LoRA:
 
     def rank_of(self, path: str) -> int:
         """The rank at a layer."""
-        return _by_pattern(self.ranks, path, self.r)
+        return by_pattern(self.ranks, path, self.r)
 
     def alpha_of(self, path: str) -> float:
         """Alpha at a layer."""
-        return _by_pattern(self.alphas, path, self.alpha)
+        return by_pattern(self.alphas, path, self.alpha)
 
     def scale_of(self, path: str) -> float:
         """What multiplies ``B A`` at a layer."""
         return SCALINGS[self.scaling](self.alpha_of(path), self.rank_of(path))
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the model is the base's to the bit before the first update."""
+        return self.init in INITS
+
+    def saved(self) -> LoRA:
+        """The settings of the adapter as it is saved: where a start is held against it, it has twice the ranks."""
+        if self.init not in spectral.SPECTRAL:
+            return self
+        more = 2.0 if self.scaling == "alpha/r" else math.sqrt(2)
+        return dataclasses.replace(
+            self,
+            r=2 * self.r,
+            alpha=more * self.alpha,
+            ranks={key: 2 * r for key, r in self.ranks.items()},
+            alphas={key: more * alpha for key, alpha in self.alphas.items()},
+            init="kaiming",
+        )
 
     def patches(self, model: nn.Module, targets: Sequence[Target]) -> Iterator[tuple[str, str, nn.Module]]:
         """Yield ``(path, part, patch)`` for every matrix; raises if a pattern or an option fits nothing."""
@@ -263,7 +295,7 @@ class LoRA:
         reasons = [(target, self._unfit(target)) for target in targets]
         if faults := [f"{target}: {reason}" for target, reason in reasons if reason]:
             raise all_faults("these settings do not fit these targets:", faults)
-        tie = _Ends(model)
+        tie = Ends(model)
         if self.tied and not (tie.tied and tie.embedding in [target.path for target in targets]):
             raise all_faults("tied=True needs a tied embedding among the targets:", [tie.say()])
         if self.tied and self.dora:
@@ -273,6 +305,10 @@ class LoRA:
             patch = LowRank(target, self.rank_of(target.key), self.scale_of(target.key), self.dropout, self.init)
             if whole is not None and target.storage in weights.PACKED:
                 patch.make_up_for(weights.lost(model, whole, target.path))
+            if self.init == "pissa":
+                patch.start_at(*spectral.principal(model.get_submodule(target.path), target, patch.r, patch.scale))
+            elif self.init == "gradient":
+                patch.start_at(patch.A.detach(), patch.B.detach())
             if self.dora:
                 patch.weigh(model.get_submodule(target.path))
             yield target.path, target.part or "lora", patch
@@ -317,9 +353,15 @@ class LoRA:
         ]
 
     def _unfit(self, target: Target) -> str | None:
-        return weights.unfit(target, self.rank_of(target.key), self.dropout) or (
-            dora.unfit(target) if self.dora else None
-        )
+        r = self.rank_of(target.key)
+        reasons = [weights.unfit(target, r, self.dropout)]
+        if self.dora:
+            reasons.append(dora.unfit(target))
+        if self.init in spectral.SPECTRAL:
+            reasons.append(spectral.unfit(target, r))
+            if not self.scale_of(target.key):
+                reasons.append("the scale is 0, so that no start has a size")
+        return next((reason for reason in reasons if reason), None)
 
     def _unpacked(self, model: nn.Module, targets: Sequence[Target]) -> nn.Module:
         """The model as it was before it was quantized; raises for one of which that cannot be had."""
@@ -338,7 +380,7 @@ class LoRA:
         assert whole is not None
         return whole
 
-    def _token_rows(self, model: nn.Module, tie: _Ends) -> Iterator[tuple[str, str, nn.Module]]:
+    def _token_rows(self, model: nn.Module, tie: Ends) -> Iterator[tuple[str, str, nn.Module]]:
         if not tie.embedding:
             raise all_faults("token_rows needs a model with an input embedding:", [f"{type(model).__name__} has none"])
         source = self._rows_of(model.get_submodule(tie.embedding))
@@ -352,39 +394,3 @@ class LoRA:
     def _rows_of(self, layer: nn.Module) -> TokenRows:
         with weights.at_hand(layer):
             return TokenRows(layer, self.token_rows)
-
-
-class _Ends:
-    """The paths of a model's input embedding and output head, empty where it has none, and whether they are tied."""
-
-    def __init__(self, model: nn.Module) -> None:
-        paths = {id(module): path for path, module in model.named_modules()}
-        embedding: Any = input_embedding(model)
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        self.embedding = paths.get(id(embedding), "")
-        self.head = paths.get(id(head), "")
-        self.tied = embedding is not None and head is not None and embedding.weight is head.weight
-        if head is not None and weights.offloaded(head):  # each of the tied has a placeholder of its own
-            self.tied = f"{self.head}.weight" in (getattr(model, "all_tied_weights_keys", None) or ())
-
-    def say(self) -> str:
-        return f"{self.embedding} and {self.head} are tied" if self.tied else "this model ties nothing"
-
-
-def _sorted(ids: Sequence[int]) -> tuple[int, ...]:
-    return tuple(sorted(set(ids)))
-
-
-def _storage(layer: nn.Module) -> weights.Storage:
-    storage = weights.storage(layer)
-    assert storage is not None, type(layer)
-    return storage
-
-
-def fits(key: str, path: str) -> bool:
-    """Whether a pattern of ranks or alphas is for a target, as PEFT has it."""
-    return re.match(rf"(.*\.)?({key})$", path) is not None
-
-
-def _by_pattern(patterns: Mapping, path: str, default):
-    return next((value for key, value in patterns.items() if fits(key, path)), default)

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from lorica.errors import LoricaError
 
 
+def ascending(ids: Sequence[int]) -> tuple[int, ...]:
+    """Ids in their order, each once."""
+    return tuple(sorted(set(ids)))
+
+
 class TokenRows(nn.Module):
     """Trains some rows of a ``[num, dim]`` matrix and leaves the rest: of an embedding, or of an untied output head.
 
@@ -23,14 +28,14 @@ class TokenRows(nn.Module):
 
     def __init__(self, layer: nn.Module, ids: Sequence[int]) -> None:
         super().__init__()
-        ids = sorted(set(ids))
+        ids = ascending(ids)
         weight = layer.get_parameter("weight")
         if not 0 <= ids[0] <= ids[-1] < weight.shape[0]:
             raise LoricaError(
                 f"token_rows names id {ids[-1] if ids[0] >= 0 else ids[0]}, but this embedding has "
                 f"{weight.shape[0]} rows; call model.resize_token_embeddings(len(tokenizer)) first"
             )
-        start = weight.detach()[ids].float()
+        start = weight.detach()[list(ids)].float()
         self.rows = nn.Parameter(start.clone())
         self.register_buffer("ids", torch.tensor(ids), persistent=False)
         # What the head holds at these rows; not in the state dict because it is the base's, not the adapter's.

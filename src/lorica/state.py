@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lorica.errors import LoricaError, nearest
 from lorica.targets import CHILD, Target, own_forward
@@ -39,6 +40,28 @@ class Installed:
         for key, parameter in self.selected.items():
             first.setdefault(id(parameter), key)
         return patched | {key: self.selected[key] for key in first.values()}
+
+    def values(self) -> dict[str, Tensor]:
+        """What is saved: `tensors`, with the start that a patch holds against itself joined to its factors."""
+        found: dict[str, Tensor] = dict(self.tensors())
+        for name, patch in self._starting():
+            found[f"{name}.A"], found[f"{name}.B"] = patch.factors
+        return {key: tensor.detach() for key, tensor in found.items()}
+
+    @torch.no_grad()
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Set `tensors` to what `values` was; a held start stays."""
+        for key, parameter in self.tensors().items():
+            parameter.copy_(values[key][tuple(slice(size) for size in parameter.shape)])
+
+    def held(self) -> dict[str, Tensor]:
+        """The starts that patches hold against themselves, by name."""
+        return {f"{name}.{key}": getattr(patch, key) for name, patch in self._starting() for key in ("A0", "B0")}
+
+    def _starting(self) -> Iterator[tuple[str, Any]]:
+        for (path, part), patch in self.patches.items():
+            if getattr(patch, "start", None) is not None:
+                yield f"{path}#{part}", patch
 
 
 @dataclass

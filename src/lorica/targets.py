@@ -20,7 +20,7 @@ import fnmatch
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -135,6 +135,33 @@ def names(layers: Iterable[str]) -> str:
     """The distinct last names of some paths with their counts, for messages: ``q_proj x30, v_proj x30``."""
     counts = Counter(path.rsplit(".", 1)[-1] for path in layers)
     return ", ".join(f"{name} x{count}" if count > 1 else name for name, count in counts.items()) or "no layer at all"
+
+
+def fits(key: str, path: str) -> bool:
+    """Whether a pattern of ranks or alphas is for a target, as PEFT has it."""
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that is for a target, else `default`."""
+    return next((value for key, value in patterns.items() if fits(key, path)), default)
+
+
+class Ends:
+    """The paths of a model's input embedding and output head, empty where it has none, and whether they are tied."""
+
+    def __init__(self, model: nn.Module) -> None:
+        paths = {id(module): path for path, module in model.named_modules()}
+        embedding: Any = input_embedding(model)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        self.embedding = paths.get(id(embedding), "")
+        self.head = paths.get(id(head), "")
+        self.tied = embedding is not None and head is not None and embedding.weight is head.weight
+        if head is not None and weights.offloaded(head):  # each of the tied has a placeholder of its own
+            self.tied = f"{self.head}.weight" in (getattr(model, "all_tied_weights_keys", None) or ())
+
+    def say(self) -> str:
+        return f"{self.embedding} and {self.head} are tied" if self.tied else "this model ties nothing"
 
 
 def slices(model: nn.Module, path: str) -> dict[str, tuple[int, int]]:

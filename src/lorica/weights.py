@@ -191,6 +191,13 @@ def storage(layer: Any) -> Storage | None:
     return found if usable else None
 
 
+def storage_of(layer: Any) -> Storage:
+    """The entry for a layer that is known to have one."""
+    found = storage(layer)
+    assert found is not None, type(layer)
+    return found
+
+
 def _holds_experts(layer: nn.Module) -> bool:
     found = [layer._parameters.get(name) for name in EXPERT_MATRICES]
     stacks = [each for each in found if each is not None]

@@ -32,6 +32,8 @@ UNLIKE = {
     "c": changed(targets="qv", dropout=0.3, batch=7, steps=3, clip=0.1),
     "d": changed(rank=3, batch=1, steps=8, warmup=0.5, weight_decay=0.1, betas=(0.8, 0.9), scaling="alpha/sqrt(r)"),
     "e": changed(dora=True, lr_ratio=4.0),
+    "f": changed(init="pissa", lr=1e-3),
+    "g": changed(init="gradient", rank=3, targets="attention"),
 }
 
 
@@ -65,7 +67,7 @@ def same_as_alone(folder, fresh, tok, data, settings, tmp_path):
 
 @pytest.fixture(scope="module")
 def swept(fresh, tok, rows, tmp_path_factory):
-    """Five unlike members on one model: the model and the sweep."""
+    """Seven unlike members on one model: the model and the sweep."""
     model = fresh()
     return model, many.train(model, tok, rows, UNLIKE, out=tmp_path_factory.mktemp("sweep") / "s")
 
@@ -215,8 +217,8 @@ def test_a_stopped_member_goes_on_alone_to_the_weights_it_would_have_had(fresh, 
     with pytest.raises(many.Interrupted, match="lorica train --resume") as stopped:
         many.train(fresh(), tok, rows, UNLIKE, out=tmp_path / "s", report=report)
     steps = {row.name: row.steps for row in stopped.value.sweep.rows}
-    assert steps == {"a": 4, "b": 4, "c": 3, "d": 4, "e": 4}
-    for name in ("b", "d", "e"):
+    assert steps == {"a": 4, "b": 4, "c": 3, "d": 4, "e": 4, "f": 4, "g": 4}
+    for name in ("b", "d", "e", "g"):
         resumed = lorica.train(fresh(), tok, rows, resume=tmp_path / "s" / name)
         alone = lorica.train(fresh(), tok, rows, UNLIKE[name], out=tmp_path / name)
         assert resumed.steps == alone.steps

@@ -121,7 +121,7 @@ def test_saving_seldom_gives_the_same_run(fresh, tok, rows, settings, whole, tmp
     assert outcome(path) == whole
 
 
-@pytest.mark.parametrize("method", [{"dora": True, "lr_ratio": 16.0}], ids=str)
+@pytest.mark.parametrize("method", [{"dora": True, "lr_ratio": 16.0}, {"init": "pissa"}, {"init": "gradient"}], ids=str)
 def test_variants_resume_to_the_bit(fresh, tok, rows, settings, tmp_path, method):
     chosen = dataclasses.replace(settings, lr=1e-3, **method)
     lorica.train(fresh(), tok, rows, chosen, out=tmp_path / "whole")

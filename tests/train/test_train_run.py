@@ -261,6 +261,29 @@ def test_the_terminal_gets_plain_lines_where_it_is_none(fresh, tok, rows, brief,
     assert sum("->" in line for line in lines) == 4
 
 
+@pytest.mark.parametrize("init", ["pissa", "gradient"])
+def test_a_start_that_is_not_the_base_prints_the_base_beside_it_and_keeps_to_its_rate(
+    fresh, tok, rows, brief, tmp_path, init
+):
+    text = io.StringIO()
+    settings = dataclasses.replace(brief, init=init)
+    model = fresh()
+    with Terminal(Console(file=text, force_terminal=False, width=80)) as report:
+        run = lorica.train(model, tok, rows, settings, out=tmp_path / "run", report=report)
+    events = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    first = next(event for event in events if event["kind"] == "eval")
+    assert run.before == pytest.approx(first["held_out"], rel=1e-5)
+    assert f"init={init} does not start as the base: held out {run.before:.3f} without it" in text.getvalue()
+    assert "so that the first update is as large as plain LoRA's" in text.getvalue()
+    assert run.after < run.before
+    assert run.adapter.method.r == 2 * settings.rank  # an ordinary LoRA, which holds the start too
+    said = evaluate.loss(model, prepare(rows, tok, settings).held).loss
+    other = fresh()
+    run.adapter.apply(other)
+    assert said == pytest.approx(run.after, rel=1e-5)
+    assert evaluate.loss(other, prepare(rows, tok, settings).held).loss == pytest.approx(run.after, rel=1e-5)
+
+
 def test_markup_and_control_codes_in_a_sample_are_shown_as_they_are():
     text = io.StringIO()
     report = Terminal(Console(file=text, force_terminal=False))

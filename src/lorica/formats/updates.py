@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lorica.errors import LoricaError, all_faults
 from lorica.formats import Contents
-from lorica.lowrank import LoRA, fits
-from lorica.targets import Target
+from lorica.lowrank import LoRA
+from lorica.targets import Target, fits
 
 # Last names of embeddings: files of other programs do not say which layers take ids.
 _EMBEDDINGS = {

@@ -39,7 +39,7 @@ from lorica.methods import METHODS
 from lorica.passes import Passes
 from lorica.targets import CHILD
 from lorica.tasks import task_of
-from lorica.train import guards, ranking
+from lorica.train import guards, ranking, start
 from lorica.train.examples import Prepared, labels_in, prepare
 from lorica.train.folder import new
 from lorica.train.forecast import Forecast, arranged
@@ -155,7 +155,7 @@ class _Together:
         self.meta = about(model, tok)
         first = next(iter(members.values()))
         try:
-            if faults := self._injected(tok, members):
+            if faults := self._injected(members):
                 raise all_faults(REFUSED, faults)
             pads = (tok.pad_token_id, tok.eos_token_id, 0)
             examples = [
@@ -163,7 +163,7 @@ class _Together:
             ]
             pad = next(pad for pad in pads if pad is not None)
             self.passes = Passes(model, examples, pad, first.label_smoothing)
-            if faults := self._unmixable(examples):
+            if faults := self._unmixable(examples) or self._resolved(tok, members):
                 raise all_faults(REFUSED, faults)
         except LoricaError:
             if patch.adapters(model):
@@ -173,13 +173,25 @@ class _Together:
         self.budget = micro_tokens(next(model.parameters()).device, self.passes.dtype)
         self.micro, self.seed = first.micro, first.seed
 
-    def _injected(self, tok: Any, members: Mapping[str, TrainSettings]) -> list[str]:
+    def _injected(self, members: Mapping[str, TrainSettings]) -> list[str]:
         faults = []
         for name, settings in members.items():
             # Each starts from the random state in which it would start alone.
             set_seed(settings.seed)
             try:
                 patch.inject(self.model, method_of(settings), settings.targets, name)
+            except LoricaError as fault:
+                faults.append(f"{name}: {fault}")
+        return faults
+
+    def _resolved(self, tok: Any, members: Mapping[str, TrainSettings]) -> list[str]:
+        """Let each start where it starts, and apply every rule to its settings."""
+        faults = []
+        for name, settings in members.items():
+            patch.select(self.model, name)
+            if start.wants(self.model):
+                start.at_gradient(self.model, self.passes, self.sets[name].train, settings)
+            try:
                 self.settings[name] = resolved(self.model, settings, self.sets[name])
                 self.facts[name] = facts(self.model, tok, self.sets[name], self.settings[name])
             except LoricaError as fault:
@@ -199,7 +211,10 @@ class _Together:
         for member in self.members:
             if member.data.held and id(member.data) not in bases:
                 (bases[id(member.data)],) = self._losses([(_BASE, member.data.held)])
-            member.begin(bases.get(id(member.data)))
+            neutral = getattr(patch.installed(self.model, member.name).method, "neutral", True)
+            own = member.data.held and not neutral
+            at_start = self._losses([(member.name, member.data.held)])[0][0] if own else None
+            member.begin(bases.get(id(member.data)), at_start)
 
     def go(self, stop: Stop) -> bool:
         """Train until the last member ends; False if stopped before on request, with everything saved."""

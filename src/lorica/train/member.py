@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lorica import __version__, patch
@@ -81,8 +80,13 @@ class Member:
         """Whether it still has updates to make."""
         return not self.fault and not self.ended
 
-    def begin(self, before: tuple[float, list[tuple[float, int]]] | None) -> None:
-        """Write the settings and open the log. `before`: the base's held-out loss, and what it is made of."""
+    def begin(self, before: tuple[float, list[tuple[float, int]]] | None, at_start: float | None) -> None:
+        """Write the settings and open the log.
+
+        Args:
+            before: the base's held-out loss, and what it is made of.
+            at_start: the member's own, if it does not start as the base.
+        """
         self.here.data, self.here.base = self.data.fingerprint(), patch.fingerprint(self.model)
         fixed = {"data_sha256": self.here.data, "base_fingerprint": self.here.base, "lorica": __version__}
         name = getattr(self.model.config, "_name_or_path", "")  # type: ignore[union-attr]
@@ -92,7 +96,8 @@ class Member:
         self.log({"kind": "start", "run": str(self.path), "first": 0} | dict(self.facts) | fixed)
         if before is not None:
             self.here.before, self.rows = before
-            self.log({"kind": "eval", "step": 0, "held_out": before[0], "best": False, "elapsed": self.elapsed()})
+            said = {"held_out": before[0]} if at_start is None else {"held_out": at_start, "base": before[0]}
+            self.log({"kind": "eval", "step": 0} | said | {"best": False, "elapsed": self.elapsed()})
 
     def draw(self) -> Drawn:
         """The examples of the next update; forgets the gradients of the last."""
@@ -152,7 +157,7 @@ class Member:
         self.here.sampler, self.here.seconds = self.sampler.state(), self.elapsed()
         self.here.logs = {name: log.length() for name, log in self.logs.items()}
         self.saved = time.monotonic()
-        state.write(self.path, self.here, self.optimizer.state())
+        state.write(self.path, self.here, self.optimizer.state() | patch.installed(self.model, self.name).held())
         self._save_adapter("last")
 
     def save_if_due(self) -> None:
@@ -198,10 +203,7 @@ class Member:
         """Give the model the weights in best/, where there are any."""
         if not (self.path / "best").exists():
             return
-        adapter = Adapter.load(self.path / "best")
-        with torch.no_grad():
-            for key, parameter in self.parameters.items():
-                parameter.copy_(adapter.tensors[key])
+        patch.installed(self.model, self.name).put(Adapter.load(self.path / "best").tensors)
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Add an event to metrics.jsonl and pass it on with the member's name."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from lorica import patch
 from lorica.adapter import Adapter
 from lorica.errors import LoricaError
 from lorica.files import write_atomic
@@ -169,9 +169,7 @@ def _finish(sitting: Sitting) -> Run:
         sitting.save_adapter("best")
     sitting.accelerator.wait_for_everyone()
     adapter = Adapter.load(sitting.path / "best")
-    with torch.no_grad():
-        for name, parameter in sitting.parameters.items():
-            parameter.copy_(adapter.tensors[name])
+    patch.installed(sitting.model).put(adapter.tensors)
     told: dict[str, Any] = {
         "steps": here.step,
         "planned": sitting.steps,

@@ -18,8 +18,8 @@ from lorica.errors import LoricaError
 from lorica.train import many
 from lorica.train.grid import name_of
 from lorica.train.member import Report
-from lorica.train.settings import TrainSettings, default_lr
-from lorica.train.setup import width
+from lorica.train.settings import TrainSettings
+from lorica.train.setup import equip, suited_lr
 
 FACTORS = (0.16, 0.4, 1.0, 2.5, 6.25)
 STEPS = 40
@@ -31,11 +31,11 @@ def trials(model: nn.Module, settings: TrainSettings) -> dict[str, TrainSettings
     """The trainings to try: `settings` at `FACTORS` times their rate (or the default one), at most 40 updates each."""
     centre = settings.lr
     if centre is None:
-        if (hidden := width(model)) is None:
-            raise LoricaError(
-                "this model's config names no hidden_size, from which lr would follow: give an lr to start at"
-            )
-        centre = default_lr(hidden)
+        if there := patch.adapters(model):
+            raise LoricaError(f"the model has an adapter already ({', '.join(there)}); eject it first")
+        equip(model, settings)
+        centre = suited_lr(model, settings)
+        patch.eject(model)
     steps = min(STEPS, settings.steps or STEPS)
     short = dataclasses.replace(
         settings,

@@ -41,8 +41,10 @@ class TrainSettings:
     """Which layers: a preset (all-linear, qv, mlp, experts, ...), names, globs or re:REGEX, with commas between."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """How alpha becomes the scale."""
-    init: Literal["kaiming", "gaussian", "loftq"] = "kaiming"
-    """How A starts; B starts at zero, so step 0 is the base model. loftq: both make up for what --quantize took."""
+    init: Literal["kaiming", "gaussian", "loftq", "pissa", "gradient"] = "kaiming"
+    """How A starts; B starts at zero, so step 0 is the base model. loftq: both make up for what --quantize took. pissa,
+    gradient: both start at singular vectors, of the weights or of the gradient, held against the base's; the file is of
+    twice the rank."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases trained beside the update: none, all, or those of the targets."""
     ranks: str = ""

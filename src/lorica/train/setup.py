@@ -22,7 +22,7 @@ from lorica.methods import METHODS, entry
 from lorica.models import draw_head
 from lorica.targets import Target, head_parameters, resolve
 from lorica.tasks import Task, task_of
-from lorica.train import guards
+from lorica.train import guards, start
 from lorica.train.examples import Prepared, prepare
 from lorica.train.recipe import in_words, method_of, settings_of
 from lorica.train.settings import (
@@ -51,6 +51,9 @@ def ready(model: nn.Module, tok: Any, data: Any, settings: TrainSettings) -> tup
     equip(model, settings)
     guards.something(patch.trainable(model))
     prepared.give(model)
+    if start.wants(model):
+        passes = task.passes(model, tok, prepared.given, settings.label_smoothing)
+        start.at_gradient(model, passes, prepared.given, settings)
     return prepared, resolved(model, settings, prepared)
 
 
@@ -88,9 +91,7 @@ def resolved(model: nn.Module, settings: TrainSettings, data: Prepared) -> Train
     """The settings with every rule applied: rate, length, measurements, format, and the method that is on the model."""
     found: dict[str, Any] = _settings_of(model, settings)
     if settings.lr is None:
-        if (hidden := width(model)) is None:
-            raise LoricaError("this model's config names no hidden_size, from which lr would follow: give an lr")
-        found["lr"] = float(f"{default_lr(hidden, found['method']) * _correction(model, settings):.2g}")
+        found["lr"] = suited_lr(model, dataclasses.replace(settings, method=found["method"]))
     if settings.steps is None and settings.epochs is None:
         found["epochs"] = DEFAULT_EPOCHS
     steps = number_of_steps(settings, len(data.given))
@@ -114,7 +115,6 @@ def facts(model: nn.Module, tok: Any, data: Prepared, settings: TrainSettings) -
     installed, count = patch.installed(model), patch.count(model)
     steps = number_of_steps(settings, len(data.given))
     first, task = data.train[0], task_of(model)
-    parameters = patch.trainable(model).values()
     return {
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,  # type: ignore[union-attr]
         "parameters": count.total,
@@ -127,7 +127,7 @@ def facts(model: nn.Module, tok: Any, data: Prepared, settings: TrainSettings) -
         "layers": len(installed.targets or {path for path, _ in installed.patches}),
         "trainable": count.trainable,
         "share": count.share,
-        "adapter_bytes": 4 * sum(parameter.numel() for parameter in parameters),
+        "adapter_bytes": 4 * sum(tensor.numel() for tensor in installed.values().values()),
         "data": data.source,
         "train": len(data.train),
         "held_out": len(data.held),
@@ -211,14 +211,23 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def _lr_from(model: nn.Module, settings: TrainSettings) -> str:
     hidden, times, factor = width(model), entry(settings.method).lr, _correction(model, settings)
-    if not hidden or settings.lr != float(f"{default_lr(hidden, settings.method) * factor:.2g}"):
+    if not hidden or settings.lr != suited_lr(model, settings):
         return "as given" + (f", B's {settings.lr_ratio:g} times that" if settings.lr_ratio != 1 else "")
     rule = f"{f'{times:g} x ' if times != 1 else ''}5e-4 (2000 / {hidden:,})^0.775"
     return rule if factor == 1 else f"{rule} x {factor:.2g}, so that the first update is as large as plain LoRA's"
 
 
+def suited_lr(model: nn.Module, settings: TrainSettings) -> float:
+    """The default rate for the adapter on a model: `default_lr`, corrected for what changes its first update."""
+    if (hidden := width(model)) is None:
+        raise LoricaError("this model's config names no hidden_size, from which lr would follow: give an lr")
+    return float(f"{default_lr(hidden, settings.method) * _correction(model, settings):.2g}")
+
+
 def _correction(model: nn.Module, settings: TrainSettings) -> float:
-    return correction([], settings.lr_ratio)
+    """See `geometry.correction`."""
+    starts = (getattr(each, "start", None) for each in patch.installed(model).patches.values())
+    return correction([start for start in starts if start is not None], settings.lr_ratio)
 
 
 def width(model: nn.Module) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from lorica import __version__, methods, patch
@@ -71,7 +72,8 @@ class Sitting:
         processes.alike(self.accelerator, **self.prints)
         if processes.sharding():
             processes.shard(self.model, self.accelerator)
-        self.parameters = patch.trainable(self.model)
+        self.parameters, self.held = patch.trainable(self.model), patch.installed(self.model).held()
+        broadcast(list(self.held.values()))  # the optimizer does so with what is trained
         self.optimizer = Optimizer(self.parameters, self.settings, self.accelerator.num_processes)
         self.sampler = Sampler(len(self.data.given), self.settings.batch, self.settings.seed)
         self.began = self.saved = time.monotonic()
@@ -119,9 +121,8 @@ class Sitting:
 
     def adapter(self) -> Adapter:
         """A snapshot of the weights as they are."""
-        tensors = {
-            name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in self.parameters.items()
-        }
+        values = patch.installed(self.model).values()
+        tensors = {name: value.to("cpu", torch.float32, copy=True) for name, value in values.items()}
         return dataclasses.replace(self.blank, tensors=MappingProxyType(tensors))
 
     def log(self, name: str, event: Mapping[str, Any]) -> None:
@@ -172,6 +173,8 @@ class Sitting:
             raise all_faults(f"{self.path} cannot be continued:", [*faults, "bring them back, or start a new run"])
         self.here = saved
         self.optimizer.restore(tensors)
+        for name, start in self.held.items():
+            start.copy_(tensors[name])
         self.sampler.restore(saved.sampler)
         self.began -= saved.seconds
         if self.main:
@@ -208,7 +211,7 @@ class Sitting:
         self.log(folder.METRICS, {"kind": "step"} | dataclasses.asdict(update) | now)
 
     def _measure(self) -> bool:
-        """Held-out loss and samples; returns whether it is the best so far. Step zero, the base, does not compete."""
+        """Held-out loss and samples; returns whether it is the best so far. Step zero does not compete."""
         here = self.here
         if not self.data.held:
             return False
@@ -229,11 +232,13 @@ class Sitting:
 
     def _of_the_base(self, loss: float) -> float:
         """The base's held-out loss, where step zero has `loss`; a method that starts elsewhere says so (law 1)."""
-        if methods.entry(self.settings.method).neutral:
+        entry, starts = methods.entry(self.settings.method), patch.installed(self.model).method
+        if getattr(starts, "neutral", entry.neutral):
             return loss
         with patch.disabled(self.model):
             base, _ = self.task.measure(self.model, self.data.held)
-        text = f"{self.settings.method} does not start as the base: held out {base:.3f} without it, {loss:.3f} with it"
+        what = self.settings.method if not entry.neutral else f"init={self.settings.init}"
+        text = f"{what} does not start as the base: held out {base:.3f} without it, {loss:.3f} with it"
         self.log(folder.METRICS, {"kind": "note", "text": text})
         return base
 
@@ -253,7 +258,7 @@ class Sitting:
         self.saved = time.monotonic()
         if self.main:
             self.here.logs = {name: log.length() for name, log in self.logs.items()}
-            state.write(self.path, self.here, self.optimizer.state())
+            state.write(self.path, self.here, self.optimizer.state() | self.held)
         self._save_adapters(better)
 
     def _save_adapters(self, better: bool) -> None:
