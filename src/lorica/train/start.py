@@ -20,7 +20,6 @@ from lorica.data import Example
 from lorica.data.pack import micro_tokens, packs
 from lorica.evaluate.causal import evaluating
 from lorica.lowrank import LowRank
-from lorica.passes import Passes
 from lorica.spectral import equally_far
 from lorica.train.examples import cut, labels_in
 from lorica.train.settings import TrainSettings
@@ -34,8 +33,11 @@ def wants(model: nn.Module) -> bool:
     return getattr(patch.installed(model).method, "init", "") == "gradient"
 
 
-def at_gradient(model: Any, passes: Passes, examples: Sequence[Example], settings: TrainSettings) -> None:
-    """Let the active adapter of a model start there. The same rows and numbers for the same seed (law 8)."""
+def at_gradient(model: Any, passes: Any, examples: Sequence[Example], settings: TrainSettings) -> None:
+    """Let the active adapter of a model start there. The same rows and numbers for the same seed (law 8).
+
+    `passes` are those of the model's task.
+    """
     patches = [each for each in patch.installed(model).patches.values() if isinstance(each, LowRank)]
     rows = random.Random(f"{settings.seed}:start").sample(range(len(examples)), min(ROWS, len(examples)))
     batch = [examples[row] for row in sorted(rows)]
@@ -57,7 +59,7 @@ def at_gradient(model: Any, passes: Passes, examples: Sequence[Example], setting
 
 def _gradients(
     model: Any,
-    passes: Passes,
+    passes: Any,
     batch: Sequence[Example],
     settings: TrainSettings,
     patches: Sequence[LowRank],
