@@ -132,8 +132,7 @@ def plan(settings: Settings) -> None:
     found = memory.predict(config_of(thing.base), dtype, settings.quantize, sizes.kv_memory, there)
     say(f"{'base':<10}{thing.name}   {size(found.weights)} in {dtype}")
     holds = f"{found.kv_tokens:,} tokens in {size(sizes.kv_memory)}" if found.kv_tokens else "a quarter of what is free"
-    say(f"{'keys and':<10}{size(found.kv_token)} a token; {holds}")
-    say("values")
+    say(f"{'kv':<10}{size(found.kv_token)} a token; {holds}")
     for name, nbytes in found.adapters.items():
         say(f"{'adapter':<10}{name}   {size(nbytes)}   {nbytes / found.weights:.2%} of the base")
     total = found.weights + sizes.kv_memory + sum(found.adapters.values())
