@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "lorica"
 LAYERS = [
     {"errors", "files"},
+    {"doors", "patterns"},
+    {"tensorfiles"},
     {"weights", "core"},
     {"targets", "rows", "kernels"},
     {"dora", "geometry", "spectral"},

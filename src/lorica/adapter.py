@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica import algebra, beside, formats, patch, weights
+from lorica import algebra, beside, doors, formats, patch, weights
 from lorica.errors import LoricaError, all_faults
 from lorica.formats import Contents, mlx, pair
 from lorica.lowrank import LoRA
@@ -76,7 +76,7 @@ class Adapter:
 
         PEFT's layout is the native one; those of loralib, llama.cpp (GGUF) and mlx-lm are told by what is there.
         """
-        path = Path(source).expanduser()
+        path = doors.place(source)
         return cls(*formats.read(path if path.exists() else _from_hub(str(source))))
 
     def save(self, folder: str | Path, dtype: str = "fp32") -> None:

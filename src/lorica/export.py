@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from lorica import formats
+from lorica import doors, formats
 from lorica.adapter import Adapter
 from lorica.errors import LoricaError, all_faults
 from lorica.files import sync
@@ -110,7 +110,7 @@ def open_adapter(
         base: of a GGUF adapter that lorica did not write; remembered as the base of any adapter that names none.
         alpha, slots: of loralib's layers (see `formats.loralib.read`).
     """
-    path = Path(source).expanduser()
+    path = doors.place(source)
     path = next((each for each in (path / "best", path / "last") if each.is_dir()), path)
     kind = kind if kind != "auto" else (formats.recognise(path) if path.exists() else None) or "auto"
     if kind != "loralib" and (alpha is not None or slots):

@@ -19,9 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from safetensors import safe_open
-
-from lorica import inspect
+from lorica import doors, inspect, tensorfiles
 from lorica.adapter import Adapter
 from lorica.errors import LoricaError, all_faults
 from lorica.files import folder_atomic, sha256, write_atomic
@@ -84,7 +82,7 @@ def packed(
     Raises:
         LoricaError: every fault at once; also where a file would hold a path of this machine or text of a row.
     """
-    source = _source(Path(thing).expanduser())
+    source = _source(doors.place(thing))
     adapter = Adapter.load(source.adapter)
     named = adapter.meta.get("base_model") or str(source.settings.get("model", ""))
     faults = _faults(repo, base, named, license)
@@ -237,7 +235,7 @@ def _is_measured(source: _Source) -> bool:
 
 
 def _layout(folder: Path) -> str:
-    return json.loads((folder / pair.CONFIG).read_text(encoding="utf-8")).get("peft_type", "")
+    return doors.json_object(folder / pair.CONFIG).get("peft_type", "")
 
 
 def _dtype(folder: Path) -> str:
@@ -245,8 +243,7 @@ def _dtype(folder: Path) -> str:
     path = folder / pair.TENSORS
     if not path.is_file():
         return "fp32"
-    with safe_open(path, framework="pt") as file:
-        found = {file.get_slice(key).get_dtype() for key in file.keys()}
+    found = {about["dtype"] for about in tensorfiles.header(path).values()}
     return _DTYPES.get(found.pop(), "fp32") if len(found) == 1 else "fp32"
 
 

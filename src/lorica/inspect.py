@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lorica import formats, methods, models, patch, targets, weights
+from lorica import doors, formats, methods, models, patch, targets, weights
 from lorica.adapter import Adapter
 from lorica.errors import LoricaError
 from lorica.formats import engines, pair
@@ -22,7 +21,7 @@ def inspect(thing: str | Path, norms: bool = False) -> dict[str, Any]:
     Args:
         norms: load an adapter's base model too, and compare the size of each update with that of its matrix.
     """
-    path = Path(thing).expanduser()
+    path = doors.place(thing)
     if str(thing) not in models.BUILTIN and path.is_dir():
         # First: an adapter from a hub has the settings of its run beside it.
         if (path / pair.CONFIG).is_file():
@@ -91,16 +90,16 @@ def _ranks(adapter: Adapter) -> list[int]:
 
 
 def _run(folder: Path, norms: bool) -> dict[str, Any]:
-    import tomllib
-
-    settings = tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))
+    settings = doors.toml(folder / "run.toml")
     best = next((folder / name for name in ("best", "last") if (folder / name / pair.CONFIG).is_file()), None)
     end: dict[str, Any] = {}
     metrics = folder / "metrics.jsonl"
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
-        if '"kind": "end"' in line:
-            end = json.loads(line)
+    for event in doors.json_lines(metrics, "kind") if metrics.is_file() else []:
+        if event["kind"] == "end":
+            end = event
     kept = ("steps", "planned", "best_step", "before", "after", "seconds", "peak_rss_bytes")
+    if wrong := [key for key in kept if key in end and not isinstance(end[key], int | float | None)]:
+        raise LoricaError(f"{metrics}: the end of the run gives no number as {', '.join(wrong)}")
     return {
         "kind": "run",
         "path": str(folder),
@@ -184,8 +183,6 @@ def _vllm(adapter: Adapter, folder: Path) -> dict[str, str]:
         against = [f"it takes PEFT's layout: lorica convert {folder} --to vllm"]
     if against:
         return {"refused": "; ".join(against)}
-    named = json.loads((folder / pair.CONFIG).read_text(encoding="utf-8")).get("r", method.r)
-    room = next((rank for rank in engines.VLLM_RANKS if rank >= named), named)
     name = re.sub(r"\W+", "-", (folder.parent if folder.name in ("best", "last") else folder).resolve().name)
     base = adapter.meta.get("base_model") or "BASE"
-    return {"line": f"vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {name}={folder}"}
+    return {"line": engines.vllm_line(base, name, folder)}

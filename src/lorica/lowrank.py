@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from lorica import dora, spectral, weights
+from lorica.doors import is_count
 from lorica.errors import all_faults
 from lorica.geometry import SCALINGS, Start
 from lorica.kernels import experts
+from lorica.patterns import check, ends
 from lorica.rows import TiedTokenRows, TokenRows, ascending
-from lorica.targets import CHILD, Ends, Target, by_pattern, fits, names
+from lorica.targets import CHILD, Ends, Target, by_pattern, names
 
 INITS: dict[str, Callable[[Tensor], Tensor]] = {
     # The distribution of nn.Linear's own weights, as loralib draws A.
@@ -240,7 +242,7 @@ class LoRA:
         faults = [
             f"{what} is {value!r}, which must be {need}"
             for what, value, good, need in (
-                *(("rank", r, isinstance(r, int) and r > 0, "a whole number from 1 up") for r in ranks),
+                *(("rank", r, is_count(r, 1), "a whole number from 1 up") for r in ranks),
                 *(("alpha", alpha, math.isfinite(alpha), "a finite number") for alpha in alphas),
                 ("dropout", self.dropout, 0 <= self.dropout < 1, "at least 0 and below 1"),
                 ("scaling", self.scaling, self.scaling in SCALINGS, f"one of {', '.join(SCALINGS)}"),
@@ -252,6 +254,8 @@ class LoRA:
         ]
         if faults:
             raise all_faults("these LoRA settings cannot be used:", faults)
+        for pattern in [*self.ranks, *self.alphas]:
+            check(pattern)
 
     def rank_of(self, path: str) -> int:
         """The rank at a layer."""
@@ -287,7 +291,7 @@ class LoRA:
     def patches(self, model: nn.Module, targets: Sequence[Target]) -> Iterator[tuple[str, str, nn.Module]]:
         """Yield ``(path, part, patch)`` for every matrix; raises if a pattern or an option fits nothing."""
         for key in [*self.ranks, *self.alphas]:
-            if not any(fits(key, target.key) for target in targets):
+            if not any(ends(key, target.key) for target in targets):
                 raise all_faults(
                     f"the rank or alpha given for {key!r} fits none of the targets:",
                     [names(target.key for target in targets)],

@@ -30,7 +30,9 @@ from lorica import patch
 from lorica.data.encoding import Example
 from lorica.data.pack import CPU_MICRO_TOKENS, micro_tokens, packs
 from lorica.errors import LoricaError
+from lorica.formats import gguf_header
 from lorica.lowrank import LoRA
+from lorica.models.checkpoint import refused
 from lorica.models.loading import locate
 from lorica.models.machine import DTYPES, resolve_dtype
 from lorica.passes import Passes
@@ -115,11 +117,13 @@ def config_of(thing: str) -> PretrainedConfig:
     if thing == GPT3:
         return GPT2Config(n_layer=96, n_embd=12288, n_head=96, n_positions=2048, vocab_size=50257)
     path = locate(thing, weights=False)
-    if path.is_file():
-        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    with refused(thing):
+        if path.is_file():
+            from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-        return AutoConfig.for_model(**load_gguf_checkpoint(str(path))["config"])
-    return AutoConfig.from_pretrained(path)
+            gguf_header.check(path)
+            return AutoConfig.for_model(**load_gguf_checkpoint(str(path))["config"])
+        return AutoConfig.from_pretrained(path)
 
 
 def predict(

@@ -29,6 +29,7 @@ from torch import nn
 
 from lorica import weights
 from lorica.errors import all_faults
+from lorica.patterns import ends, fits
 
 PRESETS: dict[str, str] = {
     "all-linear": "every linear layer but the output head (the default); experts kept in one stack are not among them",
@@ -137,14 +138,9 @@ def names(layers: Iterable[str]) -> str:
     return ", ".join(f"{name} x{count}" if count > 1 else name for name, count in counts.items()) or "no layer at all"
 
 
-def fits(key: str, path: str) -> bool:
-    """Whether a pattern of ranks or alphas is for a target, as PEFT has it."""
-    return re.match(rf"(.*\.)?({key})$", path) is not None
-
-
 def by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that is for a target, else `default`."""
-    return next((value for key, value in patterns.items() if fits(key, path)), default)
+    return next((value for key, value in patterns.items() if ends(key, path)), default)
 
 
 class Ends:
@@ -269,7 +265,7 @@ def _wanted(model: nn.Module, item: _Item, layers: dict[str, nn.Module]) -> list
     for path, layer in layers.items():
         named += [(f"{path}.{part}", path, item.parts or (part,)) for part in _kind(layer).parts(layer)]
     if item.name.startswith("re:"):
-        return [(path, parts) for name, path, parts in named if re.fullmatch(item.name[3:], name)]
+        return [(path, parts) for name, path, parts in named if fits(item.name[3:], name)]
     if any(sign in item.name for sign in "*?"):
         return [(path, parts) for name, path, parts in named if fnmatch.fnmatchcase(name, item.name)]
     return [(path, parts) for name, path, parts in named if name == item.name or name.endswith(f".{item.name}")]

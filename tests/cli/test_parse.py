@@ -112,9 +112,9 @@ def test_numbers_are_not_taken_for_flags_and_not_bent():
 
 
 def test_a_file_that_is_no_toml_or_not_there_is_told(tmp_path):
-    with pytest.raises(WrongUse, match="recipe.toml: not TOML"):
+    with pytest.raises(WrongUse, match="recipe.toml is not readable as TOML"):
         read("a", file="rank: 4", tmp_path=tmp_path)
-    with pytest.raises(WrongUse, match="nowhere.toml: No such file"):
+    with pytest.raises(WrongUse, match="nowhere.toml cannot be read: No such file"):
         read("a", "-c", str(tmp_path / "nowhere.toml"))
 
 

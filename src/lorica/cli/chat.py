@@ -9,7 +9,6 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -205,12 +204,13 @@ class _Chat:
 
     def save(self, name: str) -> None:
         """Add the talk to a file of rows."""
+        from lorica.doors import place
         from lorica.errors import LoricaError
         from lorica.files import write_atomic
 
         if not name:
             raise LoricaError("/save needs the name of a file: /save talks.jsonl")
-        path = Path(name).expanduser()
+        path = place(name)
         path = path if path.suffix else path.with_suffix(".jsonl")
         before = path.read_bytes() if path.exists() else b""
         row = json.dumps(self.talk.row(), ensure_ascii=False).encode()

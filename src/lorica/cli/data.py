@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from lorica.cli.parse import Common
+from lorica.errors import visible
 
 if TYPE_CHECKING:
     from lorica.data import Encoded, Records
@@ -117,12 +118,8 @@ def _marked(runs: list[tuple[str, bool]]) -> str:
     """Loss tokens in colour on a terminal, in brackets elsewhere; what a terminal would obey is shown, not sent."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     before, after = ("\x1b[1;32m", "\x1b[0m") if colour else ("\u27e6", "\u27e7")
-    shown = ((_visible(text), learnt) for text, learnt in runs)
+    shown = ((visible(text), learnt) for text, learnt in runs)
     return "".join(f"{before}{text}{after}" if learnt else text for text, learnt in shown)
-
-
-def _visible(text: str) -> str:
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def _say_next(settings: Settings) -> None:

@@ -107,9 +107,10 @@ def run(settings: Settings) -> int | dict[str, Any]:
 
 def trained_with(thing: str) -> dict[str, Any]:
     """The settings of a run, its data and model among them; nothing where `thing` is no run."""
+    from lorica.doors import place
     from lorica.train.folder import SETTINGS, read_settings
 
-    path = Path(thing).expanduser()
+    path = place(thing)
     return read_settings(path) if (path / SETTINGS).is_file() else {}
 
 

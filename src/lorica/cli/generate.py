@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -123,6 +122,7 @@ def _passed_on(lines: list[str], kept: bool) -> list[dict[str, Any]]:
 
 def _rows(settings: Settings) -> list[dict[str, Any]]:
     """The rows as they came; a line of text is a row with a prompt."""
+    from lorica import doors
     from lorica.data.tables import read_source
     from lorica.errors import LoricaError
 
@@ -130,7 +130,7 @@ def _rows(settings: Settings) -> list[dict[str, Any]]:
         columns = _columns(settings)
         if columns["map"] or columns["prompt"]:
             raise LoricaError(f"{settings.data}: lines of text have no columns: leave out --map and --prompt")
-        text = Path(settings.data).expanduser().read_text(encoding="utf-8-sig")
+        text = doors.text(doors.place(settings.data), doors.LOG_BYTES)
         if lines := [line for line in text.split("\n") if line.strip()]:
             return [{"prompt": line} for line in lines]
         raise LoricaError(f"{settings.data}: has no line of text")

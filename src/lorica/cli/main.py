@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 from lorica import __version__
-from lorica.errors import LoricaError, nearest
+from lorica.errors import LoricaError, nearest, visible
 
 # Verb -> what it does. Its module is `lorica.cli.<verb>`; none is imported before it is asked for.
 COMMANDS: dict[str, str] = {
@@ -78,7 +78,7 @@ def _dispatch(argv: list[str]) -> int:
     except Exception as fault:
         if "--debug" in rest:
             raise
-        print(f"error: {_told(fault)}", file=sys.stderr)
+        print(f"error: {visible(_told(fault))}", file=sys.stderr)
         return 1
 
 
@@ -97,7 +97,7 @@ def _run(verb: str, argv: list[str]) -> int:
                 return 0
             result: Any = module.run(settings)
     except parse.WrongUse as fault:
-        print(f"error: {fault}", file=sys.stderr)
+        print(f"error: {visible(str(fault))}", file=sys.stderr)
         return 2
     if isinstance(result, dict):
         if settings.json:
@@ -123,7 +123,7 @@ def _show_sources(settings: Any, sources: dict[str, str]) -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, UserWarning) and not issubclass(category, (FutureWarning, DeprecationWarning)):
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {visible(str(message))}", file=sys.stderr)
 
 
 def _told(fault: Exception) -> str:

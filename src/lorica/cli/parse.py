@@ -8,7 +8,6 @@ message, and for each value where it came from.
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 
 import tyro
 
-from lorica.errors import nearest
+from lorica.doors import toml
+from lorica.errors import LoricaError, nearest
 
 POSITIONAL = typing.get_args(tyro.conf.Positional[str])[1]
 # What people call these elsewhere.
@@ -179,12 +179,9 @@ def _from_file(fields: list[_Field], path: str, faults: list[str]) -> dict[str, 
     if not path:
         return {}
     try:
-        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as fault:
-        faults.append(f"{path}: {fault.strerror}")
-        return {}
-    except ValueError as fault:
-        faults.append(f"{path}: not TOML: {fault}")
+        found = toml(Path(path))
+    except LoricaError as fault:
+        faults.append(str(fault))
         return {}
     # A run's own file also records what came of it, in a table; settings are never tables.
     by_name = {spelt: field for field in fields for spelt in (field.name, field.flags[0][2:].replace("-", "_"))}
@@ -229,7 +226,7 @@ def typed(hint: Any, value: Any) -> Any:
     if hint in (int, float) and not isinstance(value, bool):
         try:
             number = hint(value) if not (hint is int and isinstance(value, float) and value != int(value)) else None
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = None
         if number is None:
             raise ValueError(f"it must be a {'whole number' if hint is int else 'number'}")

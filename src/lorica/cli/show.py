@@ -8,6 +8,7 @@ from typing import Any
 import tyro
 
 from lorica.cli.parse import Common
+from lorica.errors import visible
 
 
 @dataclass(kw_only=True)
@@ -27,8 +28,17 @@ def run(settings: Settings) -> int | dict[str, Any]:
     found = inspect(settings.thing, settings.norms)
     if settings.json:
         return found
-    {"model": _model, "adapter": _adapter, "run": _run, "folder": _folder}[found["kind"]](found)
+    {"model": _model, "adapter": _adapter, "run": _run, "folder": _folder}[found["kind"]](_printable(found))
     return 0
+
+
+def _printable(found: Any) -> Any:
+    """The facts with each text as a terminal may have it: names come from the files."""
+    if isinstance(found, dict):
+        return {key: _printable(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_printable(value) for value in found]
+    return visible(found) if isinstance(found, str) else found
 
 
 def _model(found: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ a chat set with a `prompt` column beside `messages` is chat). Rows of several fo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 from lorica.data.columns import Columns, help_lines, needs_completion, text_of
 from lorica.data.records import Record
 from lorica.data.tables import Row
-from lorica.errors import LoricaError, all_faults, nearest
+from lorica.doors import parsed
+from lorica.errors import LoricaError, all_faults, nearest, shown
 
 SHOWN = 20
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -47,13 +47,17 @@ def to_records(
         known = ", ".join(f"{shape.name}: {' + '.join(shape.needs)}" for shape in SHAPES)
         hints = [*help_lines(there), "or, to tell labels apart or predict a score: --task classify, --task regress"]
         raise all_faults(f"the columns are of no known format ({known})", hints)
-    faults = [f"{where}: no known format; it has {', '.join(row) or 'no keys'}" for where, row in strangers]
+    faults = [f"{where}: no known format; it has {_keys(row)}" for where, row in strangers]
     if len(sorted_rows) > 1:
         faults += [f"{len(some)} rows are {name}, the first at {some[0][0]}" for name, some in sorted_rows.items()]
         return [], "mixed", [*faults, "put each format into a file of its own"]
     [(name, usable)] = sorted_rows.items()
     records, bad = _convert(usable, next(shape for shape in SHAPES if shape.name == name), system)
     return records, f"mapped to {name}" if columns else name, faults + bad
+
+
+def _keys(row: dict[str, Any]) -> str:
+    return ", ".join(shown(key).strip("'") for key in list(row)[:SHOWN]) or "no keys"
 
 
 def shorten(faults: list[str]) -> list[str]:
@@ -151,7 +155,7 @@ def _message(message: Any, number: int) -> dict[str, Any]:
     role = SHAREGPT.get(str(role), role)
     if role not in ROLES:
         known = f"{nearest(str(role), ROLES)}; known: {', '.join(ROLES)}"
-        raise LoricaError(f"message {number} has the role {role!r}{known}")
+        raise LoricaError(f"message {number} has the role {shown(role)}{known}")
     content = message.get("content", message.get("value"))
     rest = {key: value for key, value in message.items() if key not in ("role", "from", "content", "value")}
     if calls := _parsed(rest.get("tool_calls")):
@@ -188,6 +192,6 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parsed(value)
     except ValueError:
         return value

@@ -7,18 +7,22 @@ lines are collected as faults, not raised, so that one reading finds them all.
 from __future__ import annotations
 
 import csv
-import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from lorica.errors import LoricaError, all_faults, nearest
+from lorica import doors
+from lorica.doors import parsed, parsed_from, size_of
+from lorica.errors import LoricaError, all_faults, nearest, shown
 
 Row = tuple[str, dict[str, Any]]
 PARTS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
+LINE_BYTES = 64 << 20  # of one row; a book has a megabyte
+PACKED = 200
 INSTALL = 'pip install "lorica[data]"'
 
 
@@ -28,9 +32,12 @@ def read_source(source: str | Path) -> tuple[dict[str, list[Row]], list[str]]:
     `source` is a file, a folder with train/valid/test files, or a hub id: `user/name`, `user/name:split` or
     `user/name:config:split`. LoricaError where there is nothing to read at all.
     """
-    path = Path(source).expanduser()
+    path = doors.place(source)
     if path.is_dir():
-        files = _folder_files(path)
+        try:
+            files = _folder_files(path)
+        except OSError as error:
+            raise LoricaError(f"{path} cannot be read: {error.strerror}") from error
     elif path.exists():
         files = {"train": [path]}
     elif HUB_ID.fullmatch(str(source)) and path.suffix.lower() not in READERS:
@@ -46,12 +53,27 @@ def read_file(path: Path, faults: list[str]) -> list[Row]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise LoricaError(f"{path}: cannot tell the format from the name; expected one of {', '.join(READERS)}")
-    return list(reader(path, faults))
+    size_of(path)
+    try:
+        return list(reader(path, faults))
+    except OSError as error:
+        raise LoricaError(f"{path} cannot be read: {error.strerror or _reason(error)}") from error
 
 
 def _jsonl_rows(path: Path, faults: list[str]) -> Iterator[Row]:
     with open(path, "rb") as file:
-        yield from _json_lines(path.name, file, faults)
+        yield from _json_lines(path.name, _lines(path.name, file, faults), faults)
+
+
+def _lines(name: str, file: BinaryIO, faults: list[str]) -> Iterator[bytes]:
+    """Lines as they stand; one without end is not taken into memory, and nothing after it is a line of anything."""
+    number = 0
+    while line := file.readline(LINE_BYTES + 1):
+        number += 1
+        if len(line) > LINE_BYTES:
+            faults.append(f"{name}:{number}: a line of more than {LINE_BYTES:,} bytes; is it a file of JSON lines?")
+            return
+        yield line
 
 
 def _json_lines(name: str, lines: Iterable[bytes], faults: list[str]) -> Iterator[Row]:
@@ -65,8 +87,8 @@ def _json_lines(name: str, lines: Iterable[bytes], faults: list[str]) -> Iterato
         if not line_text.strip():
             continue
         try:
-            row = json.loads(line_text)
-        except (ValueError, RecursionError) as error:
+            row = parsed(line_text)
+        except ValueError as error:
             faults.append(f"{where}: not JSON ({_reason(error)}); mend or remove the line")
             continue
         yield from _object(where, row, faults)
@@ -83,19 +105,22 @@ def _json_rows(path: Path, faults: list[str]) -> Iterator[Row]:
     if not text.lstrip().startswith("["):
         yield from _json_lines(path.name, content.splitlines(keepends=True), faults)
         return
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
+    space = re.compile(r"[\s,]*")
     place, line, counted = text.index("[") + 1, 1, 0
     while (place := _skip(space, text, place)) < len(text) and text[place] != "]":
         line, counted = line + text.count("\n", counted, place), place
         where = f"{path.name}:{line}"
         try:
-            row, place = decoder.raw_decode(text, place)
-        except (ValueError, RecursionError) as error:
+            row, place = parsed_from(text, place)
+        except ValueError as error:
             faults.append(f"{where}: not JSON from here on ({_reason(error)}); mend the file")
             return
         yield from _object(where, row, faults)
     if place >= len(text):
         faults.append(f"{path.name}: the list is not closed by ']'; the file looks cut off")
+    elif rest := text[place + 1 :].strip():
+        line += text.count("\n", counted, len(text) - len(text[place + 1 :].lstrip()))
+        faults.append(f"{path.name}:{line}: {shown(rest, 20)} after the end of the list; make it one list")
 
 
 def _skip(pattern: re.Pattern[str], text: str, place: int) -> int:
@@ -116,6 +141,9 @@ def _csv_rows(path: Path, faults: list[str]) -> Iterator[Row]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             names = reader.fieldnames or []
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                faults.append(f"{path.name}:1: the header names {shown(twice[0])} twice; rename one of the columns")
+                return
             line = reader.line_num + 1
             for row in reader:
                 where, line = f"{path.name}:{line}", reader.line_num + 1
@@ -137,9 +165,20 @@ def _parquet_rows(path: Path, faults: list[str]) -> Iterator[Row]:
         import pyarrow.parquet
     except ImportError as error:
         raise LoricaError(f"{path}: parquet files need one more package: {INSTALL}") from error
+    rows: list[dict[str, Any]] = []
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            # A few bytes can stand for a thousand million equal rows; no file of real ones is packed so well.
+            left = PACKED * size_of(path) + (64 << 20)
+            for batch in file.iter_batches(batch_size=64) if file.metadata.num_rows <= left else ():
+                rows += batch.to_pylist()
+                cells = (each for row in rows[-len(batch) :] for each in row.values())
+                left -= sum(len(each if isinstance(each, str) else str(each)) for each in cells)
+                if left < 0:
+                    break
+            if left < 0 or len(rows) != file.metadata.num_rows:
+                faults.append(f"{path.name}: it unpacks to more than {PACKED} times its size, as no file of rows does")
+    except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
         faults.append(f"{path.name}: not a parquet file ({_reason(error)})")
         return
     yield from _numbered(path.name, rows)

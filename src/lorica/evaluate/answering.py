@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorica import doors
 from lorica.errors import LoricaError, all_faults
 from lorica.evaluate.generation import generate
 from lorica.files import write_atomic
@@ -116,7 +117,7 @@ class Answering:
             return 0
         if not about.is_file():
             raise LoricaError(f"{out} is there already and was not made by this command; give another -o, or remove it")
-        before = json.loads(about.read_text(encoding="utf-8"))
+        before = doors.json_object(about)
         faults = [
             f"{key} was {before.get(key)!r}, is {made.get(key)!r}"
             for key in {**before, **made}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorica import data, patch
+from lorica import data, doors, patch
 from lorica.adapter import Adapter
 from lorica.data import Record
 from lorica.errors import LoricaError, all_faults
@@ -205,7 +205,7 @@ def _asked(rows: Sequence[Record], tok: Any) -> tuple[list[str], list[list[int]]
 
 
 def _adapter(thing: str, opened: Opened) -> Adapter:
-    path = Path(thing).expanduser()
+    path = doors.place(thing)
     folders = (path, path / "best", path / "last")
     adapter = Adapter.load(next((folder for folder in folders if (folder / "adapter_config.json").is_file()), path))
     base, mark = adapter.meta.get("base_model"), adapter.meta.get("base_fingerprint")

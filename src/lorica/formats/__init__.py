@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from safetensors import safe_open
 from torch import Tensor
 
-from lorica.errors import LoricaError
+from lorica import tensorfiles
+from lorica.doors import is_words, object_in, parsed
+from lorica.errors import LoricaError, shown
 from lorica.lowrank import LoRA
 from lorica.targets import Target
 
@@ -30,13 +30,36 @@ class Contents(NamedTuple):
     shares: Mapping[str, Tensor] = MappingProxyType({})
 
 
+def meta_of(value: Any, path: Path) -> dict[str, str]:
+    """What lorica wrote beside the tensors, as text; `target_modules` is left out, which is made when it is read."""
+    if not isinstance(value, dict) or not all(isinstance(each, str | int | float | bool) for each in value.values()):
+        raise LoricaError(f"the metadata of {path} is {shown(value)}, and must be text by name")
+    meta = {key: str(each) for key, each in value.items() if key != "target_modules"}
+    for key, good in _WRITTEN.items():
+        try:
+            sound = not meta.get(key) or good(parsed(meta[key]))
+        except ValueError:
+            sound = False
+        if not sound:
+            raise LoricaError(f"the metadata of {path} gives as {key} {shown(meta[key])}, which lorica does not write")
+    return meta
+
+
+def _is_making(value: Any) -> bool:
+    known = isinstance(value, dict) and isinstance(value.get("expression"), str)
+    return known and isinstance(made := value.get("adapters"), dict) and is_words(list(made.values()))
+
+
+_WRITTEN: dict[str, Callable[[Any], bool]] = {"stop_tokens": is_words, "made_of": _is_making}  # values that are JSON
+
+
 def recognise(path: Path) -> str | None:
     """Which layout lies at `path`: `peft`, `own`, `mlx`, `gguf` or `loralib`; None if none of them, as for a model.
 
-    A folder with one GGUF adapter in it counts as that file (`find`). Only names and headers are read. A pickle is
-    none of them, whatever it holds.
+    A folder with one GGUF adapter in it counts as that file (`find`). Only names and headers are read; a header that is
+    damaged is an error. A pickle is none of them, whatever it holds.
     """
-    from lorica.formats import loralib, mlx, own, pair
+    from lorica.formats import mlx, own, pair
 
     if path.is_dir():
         if (path / mlx.TENSORS).is_file() and not (path / pair.TENSORS).is_file():
@@ -46,7 +69,7 @@ def recognise(path: Path) -> str | None:
         return "gguf" if find(path) != path else None
     if path.suffix == ".gguf" and path.is_file():
         return "gguf" if _is_adapter(path) else None
-    if path.suffix == ".safetensors" and any(key.endswith(".lora_A") for key in loralib.keys_of(path)):
+    if path.suffix == ".safetensors" and any(key.endswith(".lora_A") for key in tensorfiles.header(path)):
         return "loralib"
     return None
 
@@ -96,6 +119,5 @@ def about(folder: Path) -> dict[str, str]:
     """What lorica wrote about an adapter in PEFT's layout (`chat_template`, ...), from the header of its file alone."""
     from lorica.formats import pair
 
-    with safe_open(folder / pair.TENSORS, framework="pt") as file:
-        found = json.loads((file.metadata() or {}).get("lorica", "{}"))
-    return {key: str(value) for key, value in found.items()}
+    path = folder / pair.TENSORS
+    return meta_of(object_in(tensorfiles.words(path).get("lorica", "{}"), f"the metadata of {path}"), path)

@@ -12,6 +12,7 @@ import json
 import shlex
 from pathlib import Path
 
+from lorica import doors
 from lorica.errors import LoricaError
 from lorica.files import write_atomic
 from lorica.formats import Contents, pair, peft
@@ -32,8 +33,8 @@ def write(folder: Path, contents: Contents, dtype: str = "fp32") -> list[str]:
 
 def room(folder: Path) -> int:
     """The smallest --max-lora-rank that holds the adapter in a folder that `write` made."""
-    rank = json.loads((folder / pair.CONFIG).read_text())["r"]
-    return next(allowed for allowed in VLLM_RANKS if allowed >= rank)
+    rank = doors.json_object(folder / pair.CONFIG).get("r", 8)
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
 
 
 def vllm_line(base: str, name: str, folder: Path) -> str:

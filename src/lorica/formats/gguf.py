@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lorica import weights
-from lorica.errors import LoricaError, all_faults
+from lorica import doors, tensorfiles, weights
+from lorica.errors import LoricaError, all_faults, shown
 from lorica.files import write_atomic
-from lorica.formats import Contents
-from lorica.formats.updates import Update, contents_of, one_alpha, updates
+from lorica.formats import Contents, gguf_header, meta_of
+from lorica.formats.updates import STORED, Update, contents_of, one_alpha, updates
 from lorica.targets import candidates
 
 # model_type in transformers -> architecture in llama.cpp, and whether its converter moves the rows of q and k.
@@ -44,6 +44,7 @@ DTYPES = {
     "bf16": (torch.bfloat16, gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
 }
 _OURS = "lorica.adapter"
+_ELEMENTS = 1 << 16  # of all lists in the header: an adapter has no vocabulary
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
@@ -113,14 +114,15 @@ def read(path: Path, config: PretrainedConfig | None = None) -> Contents:
     reader = _open(path)
     if (kind := _text(reader, gguf.Keys.Adapter.TYPE)) != "lora":
         raise LoricaError(f"{path} is not a LoRA adapter: its adapter.type is {kind or 'missing'!r}")
-    alpha = float(_value(reader, gguf.Keys.Adapter.LORA_ALPHA) or 0.0)
-    ours = json.loads(_text(reader, _OURS) or "{}")
-    if not ours:
-        ours = _facts(path, reader, config)
+    alpha = _value(reader, gguf.Keys.Adapter.LORA_ALPHA) or 0.0
+    if not doors.is_number(alpha):
+        raise LoricaError(f"{path} gives as its alpha {shown(alpha)}; it must be a finite number")
+    ours = _written(path, reader) or _facts(path, reader, config)
     heads = tuple(ours["heads"]) if ours["heads"] else None
-    raw = {tensor.name: _tensor(tensor) for tensor in reader.tensors}
+    faults: list[str] = []
+    raw = tensorfiles.floats({tensor.name: _tensor(tensor) for tensor in reader.tensors}, faults)
     names = dict.fromkeys(key.rpartition(".")[0] for key in raw)
-    faults = [f"unexpected  {key}" for key in raw if not key.endswith((".lora_a", ".lora_b"))]
+    faults += [f"unexpected  {tensorfiles.shown_name(key)}" for key in raw if not key.endswith((".lora_a", ".lora_b"))]
     found = {}
     for name in names:
         a, b = raw.get(f"{name}.lora_a"), raw.get(f"{name}.lora_b")
@@ -131,20 +133,23 @@ def read(path: Path, config: PretrainedConfig | None = None) -> Contents:
         else:
             layer, storage = ours["paths"][name]
             r = (a.shape[1] if name == _EMBEDDING else a.shape[0]) if a.ndim == b.ndim == 2 else None
-            if r != b.shape[-1]:
+            if r is None or r != b.shape[-1] or not _can_move(b, name, heads):
                 faults.append(f"shape       {name}: lora_a is {tuple(a.shape)} and lora_b is {tuple(b.shape)}")
                 continue
             A, B = (a.T.contiguous(), b) if name == _EMBEDDING else (a, _moved(b, name, heads, back=True))
             found[layer] = Update(A, B, alpha / B.shape[1] if alpha else 1.0, storage)
     if faults:
         raise all_faults(f"{path} is not an adapter that can be used:", faults)
-    return contents_of(found, ours["meta"], ours["dropout"])
+    return contents_of(found, meta_of(ours["meta"], path), ours["dropout"])
 
 
 def is_adapter(path: Path) -> bool:
     """Whether a `.gguf` file says that it holds an adapter, and not a model, whose vocabulary would be long to read."""
-    with open(path, "rb") as file:
-        start = file.read(1 << 16)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1 << 16)
+    except OSError as fault:
+        raise LoricaError(f"{path} cannot be read: {fault.strerror}") from fault
     # Keys come before the tensors, the general ones first: the name, the type of the value, its length, its text.
     _, found, value = start.partition(gguf.Keys.General.TYPE.encode() + struct.pack("<I", gguf.GGUFValueType.STRING))
     return start[:4] == b"GGUF" and bool(found) and value[8:].startswith(gguf.GGUFType.ADAPTER.encode())
@@ -152,10 +157,8 @@ def is_adapter(path: Path) -> bool:
 
 def _open(path: Path) -> Any:
     """The file's reader; a file that is no GGUF is an error."""
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError) as fault:
-        raise LoricaError(f"{path} is not a readable GGUF file: {fault}") from fault
+    gguf_header.check(path, _ELEMENTS)
+    return gguf.GGUFReader(path)
 
 
 def _base(config: PretrainedConfig) -> _Base:
@@ -192,6 +195,12 @@ def _add(writer: Any, name: str, update: Update, heads: tuple[int, int] | None, 
         writer.add_tensor(f"{name}.{end}", array, raw_dtype=raw)
 
 
+def _can_move(B: Tensor, name: str, heads: tuple[int, int] | None) -> bool:
+    """Whether the rows of B are those of so many heads, in halves."""
+    part = name.split(".")[-2:-1]
+    return heads is None or part not in (["attn_q"], ["attn_k"]) or not B.shape[0] % (2 * heads[part == ["attn_k"]])
+
+
 def _moved(B: Tensor, name: str, heads: tuple[int, int] | None, back: bool = False) -> Tensor:
     """Rows of B where the Llama family's converter puts them: of a head's two halves in turn; or `back`."""
     part = name.split(".")[-2]
@@ -201,6 +210,39 @@ def _moved(B: Tensor, name: str, heads: tuple[int, int] | None, back: bool = Fal
     half = B.shape[0] // count // 2
     order = (count, half, 2) if back else (count, 2, half)
     return B.reshape(*order, -1).transpose(1, 2).reshape(B.shape)
+
+
+def _written(path: Path, reader: Any) -> dict[str, Any]:
+    """What our own key says; empty for a file of another program."""
+    if not (text := _text(reader, _OURS)):
+        return {}
+    ours = doors.object_in(text, f"the key {_OURS} of {path}")
+    faults = [f"{key} is missing" for key in _KINDS if key not in ours] + doors.faults_of(ours, _KINDS)
+    if faults:
+        raise all_faults(f"the key {_OURS} of {path} cannot be used:", faults)
+    return ours
+
+
+def _are_paths(value: Any) -> bool:
+    """``{name of a tensor: [path of the layer, its storage]}``"""
+    if not isinstance(value, dict):
+        return False
+    known = all(doors.is_words(each) and len(each) == 2 and each[1] in STORED for each in value.values())
+    return known and len({path for path, _ in value.values()}) == len(value)
+
+
+_KINDS: dict[str, Any] = {
+    "paths": (_are_paths, f"a path and one of {', '.join(STORED)} by name, no path twice"),
+    "heads": (
+        lambda heads: (
+            heads is None
+            or (isinstance(heads, list) and len(heads) == 2 and all(doors.is_count(each, 1) for each in heads))
+        ),
+        "two whole numbers from 1 up, or nothing",
+    ),
+    "dropout": (lambda value: doors.is_number(value) and 0 <= value < 1, "at least 0 and below 1"),
+    "meta": (lambda value: isinstance(value, dict), "text by name"),
+}
 
 
 def _facts(path: Path, reader: Any, config: PretrainedConfig | None) -> dict[str, Any]:
@@ -224,7 +266,14 @@ def _facts(path: Path, reader: Any, config: PretrainedConfig | None) -> dict[str
 
 
 def _tensor(tensor: Any) -> Tensor:
-    return torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+    try:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    except (NotImplementedError, ValueError) as fault:
+        kind = tensor.tensor_type.name
+        raise LoricaError(
+            f"{tensorfiles.shown_name(tensor.name)} is in {kind}, which cannot be unpacked here"
+        ) from fault
+    return torch.from_numpy(np.array(values, dtype=np.float32))
 
 
 def _value(reader: Any, key: str) -> Any:

@@ -13,21 +13,32 @@ keeps them in the file's metadata. loralib itself writes pickles, which are open
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lorica.errors import LoricaError, all_faults
+from lorica import doors, tensorfiles
+from lorica.errors import LoricaError, all_faults, shown
 from lorica.files import write_atomic
-from lorica.formats import Contents
+from lorica.formats import Contents, meta_of
 from lorica.formats.pair import DTYPES
-from lorica.formats.updates import Update, by_path, joined, method_of, name, one_alpha, refusals, storage_by_name
-from lorica.lowrank import LoRA
+from lorica.formats.updates import (
+    STORED,
+    Update,
+    by_path,
+    joined,
+    method_of,
+    name,
+    one_alpha,
+    refusals,
+    storage_by_name,
+)
+from lorica.lowrank import BIASES, LoRA
 from lorica.targets import Target
 
 OFF = "-"  # a slot without an update
@@ -83,11 +94,12 @@ def read(
             as ``{"c_attn": ["q", "-", "v"]}`` for ``enable_lora=[True, False, True]``.
         pickled: open a pickle, for tensors alone (torch's `weights_only`).
     """
-    raw, metadata = _load(path, pickled)
-    ours = json.loads(metadata.get("lorica", "{}"))
+    faults: list[str] = []
+    raw, ours = _load(path, pickled, faults)
     paths = sorted({key.rpartition(".")[0] for key in raw if key.endswith((".lora_A", ".lora_B"))})
     enabled = {layer: _slots_of(layer, slots or {}) or ours.get("slots", {}).get(layer) for layer in paths}
-    faults = [] if paths else ["it has no tensor called ....lora_A"]
+    faults += [] if paths else ["it has no tensor called ....lora_A"]
+    faults += [f"unexpected  {tensorfiles.shown_name(key)}" for key in raw if "#" in key]
     if alpha is None and "alpha" not in ours:
         faults.append(
             "which lora_alpha its layers were built with is not in such a file: give it with --alpha, as in"
@@ -112,16 +124,7 @@ def read(
     method = method_of(layers)
     beside = ours.get("beside") or _beside(raw, paths)
     method = LoRA(r=method.r, alpha=method.alpha, ranks=method.ranks, alphas=method.alphas, **beside)
-    return Contents(method, tuple(targets), tensors | raw, ours.get("meta", {}))
-
-
-def keys_of(path: Path) -> list[str]:
-    """Names of the tensors of a safetensors file; none of any other."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError):
-        return []
+    return Contents(method, tuple(targets), tensors | raw, meta_of(ours.get("meta", {}), path))
 
 
 def _enabled(parts: list[Target]) -> list[str]:
@@ -172,8 +175,11 @@ def _layer_faults(layer: str, raw: Mapping[str, Tensor], slots: Sequence[str] | 
         return [f"{layer}.weight is of the base: keep only what is trained (loralib.lora_state_dict)"]
     if A.ndim != 2 or B.ndim != 2 or not B.shape[1] or A.shape[0] % B.shape[1]:
         return [f"shape    {layer}: lora_A is {tuple(A.shape)} and lora_B is {tuple(B.shape)}"]
+    named = [slot for slot in slots or () if slot != OFF]
+    if len(set(named)) < len(named) or not all(re.fullmatch(r"\w+", slot) for slot in named):
+        return [f"{layer}: its slots are {shown(list(slots or ()))}; give each a name of its own, or {OFF}"]
     groups, end = A.shape[0] // B.shape[1], layer.rpartition(".")[2]
-    on = sum(slot != OFF for slot in slots or ())
+    on = len(named)
     if groups > 1 and not slots:
         example = ",".join(["q", "k", "v"][:groups] if groups > 2 else ["q", OFF, "v"])
         return [f"{layer} is a fused layer with {groups} slots in use: say which, as in --slots {end}={example}"]
@@ -196,7 +202,8 @@ def _beside(raw: Mapping[str, Tensor], paths: list[str]) -> dict[str, Any]:
     return {"bias": bias, "modules_to_save": whole}
 
 
-def _load(path: Path, pickled: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _load(path: Path, pickled: bool, faults: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors in fp32, and what lorica wrote beside them."""
     metadata: dict[str, str] = {}
     if path.suffix in PICKLES:
         if not pickled:
@@ -207,16 +214,39 @@ def _load(path: Path, pickled: bool) -> tuple[dict[str, Tensor], dict[str, str]]
             raise LoricaError(f"{path} holds more than tensors, or is no pickle of torch's: {fault}") from fault
         raw = raw.get("model_state_dict", raw) if isinstance(raw, dict) else raw
     else:
-        try:
-            with safe_open(path, framework="pt") as file:
-                raw, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        except (SafetensorError, OSError) as fault:
-            raise LoricaError(f"{path} is missing, damaged or not a safetensors file: {fault}") from fault
+        raw, metadata = tensorfiles.read(path)
     if not isinstance(raw, dict) or not all(isinstance(each, Tensor) for each in raw.values()):
         raise LoricaError(f"{path} holds no state dict: names with tensors")
+    if not all(isinstance(key, str) and _is_whole(each) for key, each in raw.items()):
+        raise LoricaError(f"{path} holds tensors without a name, or larger than what is stored of them")
     if raw and all(key.startswith("module.") for key in raw):  # DistributedDataParallel's
         raw = {key.removeprefix("module."): tensor for key, tensor in raw.items()}
-    return {key: tensor.float() for key, tensor in raw.items()}, metadata
+    ours = doors.object_in(metadata.get("lorica", "{}"), f"the metadata of {path}")
+    if wrong := doors.faults_of(ours, _KINDS):
+        raise all_faults(f"the metadata of {path} cannot be used:", wrong)
+    return tensorfiles.floats(raw, faults), ours
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether each element has bytes of its own: strides of zero make a small file as large as one likes."""
+    return tensor.layout == torch.strided and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
+def _is_beside(value: Any) -> bool:
+    known = {"bias": BIASES.__contains__, "modules_to_save": doors.is_words}
+    return isinstance(value, dict) and value.keys() == known.keys() and all(known[key](value[key]) for key in known)
+
+
+def _by_layer(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(good, value.values()))
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "alpha": (lambda value: value is None or doors.is_number(value), "a finite number"),
+    "slots": (_by_layer(lambda slots: doors.is_words(slots) and any(slot != OFF for slot in slots)), "slots by layer"),
+    "storages": (_by_layer(lambda kind: kind in STORED), f"one of {', '.join(STORED)} by layer"),
+    "beside": (_is_beside, "bias and modules_to_save"),
+}
 
 
 def pickle_refused(path: Path) -> str:

@@ -16,13 +16,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lorica.errors import LoricaError, all_faults
+from lorica import doors, tensorfiles
+from lorica.errors import LoricaError, all_faults, shown
 from lorica.files import folder_atomic, write_atomic
-from lorica.formats import Contents
+from lorica.formats import Contents, meta_of
 from lorica.formats.pair import DTYPES
 from lorica.formats.updates import Update, contents_of, one_rank, storage_by_name, updates
 
@@ -81,15 +81,17 @@ def write(folder: Path, contents: Contents, dtype: str = "fp32", tied: bool | No
 def read(folder: Path) -> Contents:
     """Read both files strictly: what is not understood is a fault, all of them in one error."""
     config = _config(folder / CONFIG)
-    try:
-        with safe_open(folder / TENSORS, framework="pt") as file:
-            raw, metadata = {key: file.get_tensor(key).float() for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as fault:
-        raise LoricaError(f"{folder / TENSORS} is missing, damaged or not a safetensors file: {fault}") from fault
+    held, metadata = tensorfiles.read(folder / TENSORS)
+    faults: list[str] = []
+    raw = tensorfiles.floats(held, faults)
     settings = config["lora_parameters"]
     rank, scale = settings["rank"], float(settings["scale"])
     paths = dict.fromkeys(key.rpartition(".")[0] for key in raw)
-    faults = [f"unexpected  {key}" for key in raw if not key.endswith((".lora_a", ".lora_b"))]
+    faults += [
+        f"unexpected  {tensorfiles.shown_name(key)}"
+        for key in raw
+        if not key.endswith((".lora_a", ".lora_b")) or "#" in key
+    ]
     found = {}
     for path in paths:
         a, b = raw.get(f"{path}.lora_a"), raw.get(f"{path}.lora_b")
@@ -102,7 +104,8 @@ def read(folder: Path) -> Contents:
             found[path] = Update(a.T.contiguous(), b.T.contiguous(), scale, storage_by_name(path))
     if faults:
         raise all_faults(f"{folder} is not an adapter that can be used:", faults)
-    meta = json.loads(metadata.get("lorica", "{}"))
+    ours = doors.object_in(metadata.get("lorica", "{}"), f"the metadata of {folder / TENSORS}")
+    meta = meta_of(ours, folder)
     meta.setdefault("base_model", config.get("model") or "")
     return contents_of(found, meta, float(settings.get("dropout") or 0.0))
 
@@ -112,13 +115,24 @@ def _fit(a: Tensor, b: Tensor, rank: int) -> bool:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except (ValueError, OSError) as fault:
-        raise LoricaError(f"{path} is not readable as JSON: {fault}") from fault
+    config = doors.json_object(path)
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
-        raise LoricaError(f"{path}: fine_tune_type is {kind!r}; only lora can be read")
-    if not {"rank", "scale"} <= set(config.get("lora_parameters") or {}):
+        raise LoricaError(f"{path}: fine_tune_type is {shown(kind)}; only lora can be read")
+    settings = config.get("lora_parameters")
+    if not isinstance(settings, dict) or not {"rank", "scale"} <= set(settings):
         raise LoricaError(f"{path}: lora_parameters with rank and scale is missing")
+    if faults := doors.faults_of(settings, _KINDS) + doors.faults_of(config, {"model": (_is_name, "text")}):
+        raise all_faults(f"{path} cannot be used:", faults)
     return config
+
+
+def _is_name(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+_KINDS: dict[str, Any] = {
+    "rank": (lambda value: doors.is_count(value, 1), "a whole number from 1 up"),
+    "scale": (doors.is_number, "a finite number"),
+    "dropout": (lambda value: value is None or (doors.is_number(value) and 0 <= value < 1), "at least 0 and below 1"),
+}

@@ -9,15 +9,14 @@ Reading is strict: every key, setting or tensor that is not understood is a faul
 from __future__ import annotations
 
 import dataclasses
-import json
 import typing
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from lorica import methods
+from lorica import doors, methods, tensorfiles
 from lorica.errors import LoricaError, all_faults
-from lorica.formats import Contents, pair
+from lorica.formats import Contents, meta_of, pair
 from lorica.targets import Target
 
 _MARK = "LORICA_"
@@ -52,14 +51,10 @@ def read(folder: Path) -> Contents:
     config = pair.load_config(folder)
     raw, metadata = pair.load_tensors(folder)
     faults = [f"unexpected  {key}={config[key]!r} in {pair.CONFIG}" for key in sorted(set(config) - _KEYS)]
-    faults += [f"unexpected  {key} ({each.dtype})" for key, each in raw.items() if not each.is_floating_point()]
     if not raw:
         faults.append(f"missing     every tensor in {pair.TENSORS}")
-    try:
-        meta = {key: str(value) for key, value in json.loads(metadata.get("lorica", "{}")).items()}
-    except (ValueError, AttributeError):
-        faults.append(f"unexpected  the metadata of {pair.TENSORS}")
-        meta = {}
+    meta = meta_of(doors.object_in(metadata.get("lorica", "{}"), f"the metadata of {folder / pair.TENSORS}"), folder)
+    tensors = tensorfiles.floats(raw, faults)
     method = None
     targets: tuple[Target, ...] = ()
     try:
@@ -71,7 +66,7 @@ def read(folder: Path) -> Contents:
         raise all_faults(f"{folder} is not an adapter that can be used:", faults)
     meta.setdefault("base_model", config.get("base_model_name_or_path") or "")
     meta.setdefault("task_type", config.get("task_type") or "")
-    return Contents(method, targets, {key: tensor.float() for key, tensor in raw.items()}, meta)
+    return Contents(method, targets, tensors, meta)
 
 
 def _method(config: dict[str, Any]) -> Any:

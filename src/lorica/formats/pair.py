@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lorica import doors, tensorfiles
 from lorica.errors import LoricaError
 from lorica.files import folder_atomic, write_atomic
 
@@ -44,13 +44,7 @@ def load_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise LoricaError(f"{folder} is not an adapter: it has no {CONFIG}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as fault:
-        raise LoricaError(f"{path} is not readable as JSON: {fault}") from fault
-    if not isinstance(config, dict):
-        raise LoricaError(f"{path} holds a {type(config).__name__} where an object was expected")
-    return config
+    return doors.json_object(path)
 
 
 def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -63,8 +57,4 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 "load it with PEFT where you trust it and save it again, which writes adapter_model.safetensors"
             )
         raise LoricaError(f"{folder} is not an adapter: it has no {TENSORS}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except SafetensorError as fault:
-        raise LoricaError(f"{path} is damaged or not a safetensors file: {fault}") from fault
+    return tensorfiles.read(path)

@@ -27,11 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.errors import all_faults
-from lorica.formats import Contents, pair, stacks
+from lorica import doors, tensorfiles
+from lorica.errors import LoricaError, all_faults, shown
+from lorica.formats import Contents, meta_of, pair, stacks
 from lorica.formats.pair import load_config, load_tensors
+from lorica.formats.peft_config import kind_faults, slice_faults, sort_rows
 from lorica.formats.updates import in_any_order, only
 from lorica.lowrank import LoRA
+from lorica.patterns import require_few
 from lorica.targets import Target
 
 PREFIX = "base_model.model."
@@ -62,37 +65,30 @@ def write(folder: Path, contents: Contents, dtype: str = "fp32") -> None:
 
 def read(folder: Path) -> Contents:
     """Read both files strictly: every setting or tensor that is not understood is a fault, all of them in one error."""
+    title = f"{folder} is not an adapter that can be used:"
     config = load_config(folder)
+    if wrong := kind_faults(config):
+        raise all_faults(title, wrong + _config_faults(config))
     faults = _config_faults(config)
     raw, metadata = load_tensors(folder)
-    extra = json.loads(metadata.get("lorica", "{}"))
-    tensors: dict[str, Tensor] = {}
-    storages: dict[str, str] = {}
-    for key, tensor in raw.items():
-        name = key.removeprefix(PREFIX)
-        if not key.startswith(PREFIX) or not tensor.is_floating_point():
-            faults.append(f"unexpected  {key} ({tensor.dtype}, {tuple(tensor.shape)})")
-        elif match := _TENSOR.fullmatch(name):
-            if match["rows"] or match["size"]:
-                beside = "tokens.rows" if match["rows"] else "lora.m"
-                tensors[f"{match['path']}#{beside}"] = tensor.float() if match["rows"] else tensor.float().flatten()
-                continue
-            factor = match["embedding"] or match["linear"][-1]
-            storages[match["path"]] = "embedding" if match["embedding"] else "linear"
-            tensors[f"{match['path']}#lora.{factor}"] = tensor.float()
-        elif "lora_" in name:
-            faults.append(f"unexpected  {key}")
-        else:
-            tensors[name.replace(".base_layer.", ".")] = tensor.float()
+    extra = doors.object_in(metadata.get("lorica", "{}"), f"the metadata of {folder / pair.TENSORS}")
+    tensors, storages = _canonical(tensorfiles.floats(raw, faults), faults)
+    listed = ("rank_pattern", "alpha_pattern", "target_parameters", "target_modules")
+    require_few(sum(len(config.get(key) or ()) for key in listed), len(storages), folder)
     stacked, taken, stack_faults = stacks.from_peft(config, tensors, list(storages))
     plain = {path: storage for path, storage in storages.items() if path not in taken}
+    slices = extra.pop("slices", {})
     faults += stack_faults + _pair_faults(tensors, plain, config, taken) + _magnitude_faults(tensors, storages, config)
-    token_rows = _sort_rows(config, tensors, faults)
+    faults += slice_faults(tensors, plain, slices)
+    token_rows = sort_rows(config, tensors, faults)
     if faults:
-        raise all_faults(f"{folder} is not an adapter that can be used:", faults)
-    method, targets = _from_peft(config, tensors, plain, extra.pop("slices", {}), stacked)
+        raise all_faults(title, faults)
+    method, targets = _from_peft(config, tensors, plain, slices, stacked)
     method = dataclasses.replace(method, token_rows=token_rows)
-    meta = {key: str(value) for key, value in extra.items()}
+    for target in targets:
+        if not math.isfinite(method.scale_of(target.key)):
+            raise LoricaError(f"{folder}: the scale of {target} is no finite number")
+    meta = meta_of(extra, folder)
     method = dataclasses.replace(method, modules_to_save=[m for m in method.modules_to_save if m not in _head(meta)])
     meta.setdefault("base_model", config.get("base_model_name_or_path") or "")
     meta.setdefault("task_type", config.get("task_type") or "")
@@ -100,6 +96,30 @@ def read(folder: Path) -> Contents:
     if isinstance(config.get("target_modules"), list) and not narrowed:
         meta["target_modules"] = json.dumps(sorted(config["target_modules"]))
     return Contents(method, targets, tensors, meta)
+
+
+def _canonical(raw: Mapping[str, Tensor], faults: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors by canonical name, and the storage of each layer that has factors."""
+    tensors: dict[str, Tensor] = {}
+    storages: dict[str, str] = {}
+    for key, tensor in raw.items():
+        name = key.removeprefix(PREFIX)
+        match = _TENSOR.fullmatch(name)
+        if not key.startswith(PREFIX) or "#" in name or ("lora_" in name and not match):
+            faults.append(f"unexpected  {tensorfiles.shown_name(key)} {tuple(tensor.shape)}")
+            continue
+        if not match:
+            name = name.replace(".base_layer.", ".")
+        elif match["rows"] or match["size"]:
+            name = f"{match['path']}#{'tokens.rows' if match['rows'] else 'lora.m'}"
+            tensor = tensor if match["rows"] else tensor.flatten()
+        else:
+            storages[match["path"]] = "embedding" if match["embedding"] else "linear"
+            name = f"{match['path']}#lora.{match['embedding'] or match['linear'][-1]}"
+        if name in tensors:
+            faults.append(f"twice       {tensorfiles.shown_name(key)}, under two names")
+        tensors[name] = tensor
+    return tensors, storages
 
 
 def _to_peft(contents: Contents) -> dict[str, Tensor]:
@@ -303,33 +323,17 @@ def _by_path(targets: Iterable[Target]) -> dict[str, list[Target]]:
 def _config_faults(config: dict[str, Any]) -> list[str]:
     faults = []
     if config.get("peft_type") != "LORA":
-        faults.append(f"peft_type is {config.get('peft_type')!r}; only LORA is known")
+        faults.append(f"peft_type is {shown(config.get('peft_type'))}; only LORA is known")
     for key, value in config.items():
         if key not in _READ | _IRRELEVANT and value not in (None, False, [], {}, ""):
-            faults.append(f"{key}={value!r} is not understood, so the adapter would not mean what it says")
+            faults.append(f"{key}={shown(value)} is not understood, so the adapter would not mean what it says")
     init = config.get("init_lora_weights")
     if not isinstance(init, (bool, str, type(None))) or init not in _PLAIN_INITS:
         faults.append(
-            f"init_lora_weights={init!r} changed the base's weights when training began; convert it to a plain LoRA in "
-            "PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
+            f"init_lora_weights={shown(init)} changed the base's weights when training began; convert it to a plain "
+            "LoRA in PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     return faults
-
-
-def _sort_rows(config: dict[str, Any], tensors: dict[str, Tensor], faults: list[str]) -> list[int]:
-    """Put token rows in the order of their ids, in place, which PEFT keeps in that of its config; returns the ids."""
-    named = config.get("trainable_token_indices") or []
-    lists = named if isinstance(named, dict) else {"": named}
-    for key in [key for key in tensors if key.endswith("#tokens.rows")]:
-        path = key.removesuffix("#tokens.rows")
-        ids = next((ids for name, ids in lists.items() if not name or f".{path}".endswith(f".{name}")), [])
-        if len(set(ids)) != len(tensors[key]) or len(ids) != len(tensors[key]):
-            faults.append(f"shape       {path}: {len(tensors[key])} token rows, the config names {len(set(ids))}")
-        else:
-            tensors[key] = tensors[key][sorted(range(len(ids)), key=ids.__getitem__)]
-    if len({frozenset(ids) for ids in lists.values()}) > 1:
-        faults.append("trainable_token_indices names other rows for one layer than for another")
-    return sorted({each for ids in lists.values() for each in ids})
 
 
 def _magnitude_faults(tensors: Mapping[str, Tensor], paths: Iterable[str], config: dict[str, Any]) -> list[str]:
@@ -356,8 +360,8 @@ def _pair_faults(
             faults.append(f"missing     {path}: its lora_{'A' if A is None else 'B'}")
         elif A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             faults.append(f"shape       {path}: lora_A is {tuple(A.shape)} and lora_B is {tuple(B.shape)}")
-        elif A.shape[0] != method.rank_of(path):
-            faults.append(f"shape       {path}: its rank is {A.shape[0]}, the config says {method.rank_of(path)}")
+        elif A.shape[0] != (r := method.rank_of(path)):
+            faults.append(f"shape       {path}: its rank is {A.shape[0]}, the config says {r}")
     named = config.get("target_modules")
     for name in named if isinstance(named, list) else []:
         if not any(path == name or path.endswith(f".{name}") for path in [*storages, *others]):

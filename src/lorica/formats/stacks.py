@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from lorica.lowrank import LoRA
+from lorica.patterns import fits
 from lorica.targets import Target
 from lorica.weights import EXPERT_MATRICES
 
@@ -71,8 +72,11 @@ def from_peft(
             continue
         A, B = (tensors.get(f"{path}#lora.{factor}") for factor in "AB")
         if A is not None and B is not None and A.ndim == B.ndim > 2:
-            targets.append(_convolution(path, A, B, tensors))
             taken.append(path)
+            if not A.shape[0] % B.shape[1] == B.shape[0] % (A.shape[0] // B.shape[1] or 1) == 0 or B[0, 0].numel() > 1:
+                faults.append(f"shape       {path}: lora_A is {tuple(A.shape)} and lora_B is {tuple(B.shape)}")
+                continue
+            targets.append(_convolution(path, A, B, tensors))
     for module, found in wrapped.items():
         taken += found
         parts = _parameters(wanted, module)
@@ -117,7 +121,7 @@ def _parameters(wanted: Sequence[str], module: str) -> list[str]:
 def _is_module(wanted: Any, path: str) -> bool:
     """Whether `target_modules` names a layer."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, path) is not None
+        return fits(wanted, path)
     return any(path == name or path.endswith(f".{name}") for name in wanted or ())
 
 

@@ -21,13 +21,16 @@ from torch import Tensor
 from lorica.errors import LoricaError, all_faults
 from lorica.formats import Contents
 from lorica.lowrank import LoRA
-from lorica.targets import Target, fits
+from lorica.patterns import ends, exactly, require_few
+from lorica.targets import Target
+from lorica.weights import PACKED
 
 # Last names of embeddings: files of other programs do not say which layers take ids.
 _EMBEDDINGS = {
     "embed_in", "embed_positions", "embed_tokens", "embedding", "position_embeddings", "shared", "tok_embeddings",
     "token_type_embeddings", "word_embeddings", "wpe", "wte",
 }  # fmt: skip
+STORED = ("linear", "conv1d", "embedding", *PACKED)  # storages whose update is one pair of matrices
 _ROWS = 4096  # of a matrix that are compared at once, so that a large one needs little memory
 
 
@@ -159,13 +162,10 @@ def method_of(layers: Mapping[str, tuple[int, float]], dropout: float = 0.0) -> 
         raise LoricaError("there is no low-rank update in it")
     wanted = {path: (r, alpha_for(scale, r)) for path, (r, scale) in layers.items()}
     r, alpha = Counter(wanted.values()).most_common(1)[0][0]
-    return LoRA(
-        r=r,
-        alpha=alpha,
-        dropout=dropout,
-        ranks={only(path, wanted): each for path, (each, _) in wanted.items() if each != r},
-        alphas={only(path, wanted): each for path, (_, each) in wanted.items() if each != alpha},
-    )
+    ranks = {only(path, wanted): each for path, (each, _) in wanted.items() if each != r}
+    alphas = {only(path, wanted): each for path, (_, each) in wanted.items() if each != alpha}
+    require_few(len(ranks) + len(alphas), len(wanted), "its ranks and scales")
+    return LoRA(r=r, alpha=alpha, dropout=dropout, ranks=ranks, alphas=alphas)
 
 
 def alpha_for(scale: float, r: int) -> float:
@@ -227,18 +227,18 @@ def storage_by_name(path: str) -> str:
 
 def only(path: str, paths: Iterable[str]) -> str:
     """A pattern that fits this path and no other of them: patterns are regexes, and match from any dot on."""
-    plain, escaped = path if re.fullmatch(r"[\w.-]+", path) else re.escape(path), re.escape(path)
+    plain, escaped = exactly(path), re.escape(path)
     others = [other for other in paths if other != path]
     tried = (plain, f"^{plain}", escaped, f"^{escaped}")
-    return next(pattern for pattern in tried if not any(fits(pattern, other) for other in others))
+    return next(pattern for pattern in tried if not any(ends(pattern, other) for other in others))
 
 
 def in_any_order(patterns: Mapping[str, Any], keys: Sequence[str], default: Any) -> dict[str, Any]:
     """Patterns that mean the same when sorted, as PEFT writes them again: where they do not, one for each target."""
     found, ordered = {}, dict(sorted(patterns.items()))
     for key in keys:
-        found[key] = next((value for pattern, value in patterns.items() if fits(pattern, key)), default)
-    if all(next((v for p, v in ordered.items() if fits(p, key)), default) == found[key] for key in keys):
+        found[key] = next((value for pattern, value in patterns.items() if ends(pattern, key)), default)
+    if all(next((v for p, v in ordered.items() if ends(p, key)), default) == found[key] for key in keys):
         return ordered
     return {only(key, keys): value for key, value in found.items() if value != default}
 

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import utils as hub
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorica.errors import LoricaError, all_faults
-from lorica.models import heads
+from lorica.models import heads, sizes
 from lorica.models.packing import Packing
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_WEIGHTS = ("model.safetensors", sizes.INDEX)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Without any of these transformers makes up an empty tokenizer instead of saying that there is none.
 _TOKENIZERS = (
@@ -43,9 +42,11 @@ def read_folder(
     It is on the CPU, or where `packing` wants it. With `labels` it has a head for these (see `heads`).
     """
     check(folder, name)
+    held = sizes.of_folder(folder, name)
     with quiet(), refused(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         kind: Any = heads.give_labels(config, labels, name) if labels else model_class(config)
+        sizes.require(kind, config, held, name)
         model, found = kind.from_pretrained(
             folder,
             config=config,
@@ -146,13 +147,20 @@ def require_whole(found: dict[str, Any], model: PreTrainedModel, name: str) -> N
         raise all_faults(f"the weights of {name} do not fit {type(model).__name__}:", faults)
 
 
+_AS_THEY_ARE = (LoricaError, torch.OutOfMemoryError, MemoryError)
+
+
 @contextlib.contextmanager
 def refused(name: str) -> Iterator[None]:
-    """Turn what transformers raises about a file into one error without addresses or stack."""
+    """Turn what transformers raises about a file into one error without addresses or stack.
+
+    Any exception: its configurations check few of their values, and wrong ones fail wherever they are first used.
+    """
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, LoricaError | torch.OutOfMemoryError):
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # of the tokenizers' Rust
+        if not (panic or isinstance(error, Exception)) or isinstance(error, _AS_THEY_ARE):
             raise
         said = re.sub(r"\S+://\S+", "...", str(error).strip().split("\n")[0])
         if "trust_remote_code" in str(error):

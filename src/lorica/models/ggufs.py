@@ -25,7 +25,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lorica.errors import LoricaError
+from lorica.formats import gguf_header
+from lorica.models import sizes
 from lorica.models.checkpoint import model_class, quiet, refused, require_whole
 from lorica.models.packing import Packing
 
@@ -51,8 +52,10 @@ def read_gguf(
 
     It is on the CPU, or where `packing` wants it.
     """
+    held = gguf_header.check(path)
     config, tok = _config_and_tokenizer(path, name)
     with _silent(name):
+        sizes.require(model_class(config), config, sizes.Held(*held), name)
         packed, found = model_class(config).from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -115,10 +118,10 @@ def _clean(
 
 def _tokenizer_facts(path: Path, name: str) -> dict[str, Any]:
     """What the file says of its tokenizer that transformers reads differently from one version to the next."""
-    try:
-        fields = GGUFReader(path).fields
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise LoricaError(f"{name} is not a readable GGUF file: {error}") from error
+    tensors, _ = gguf_header.check(path)
+    fields = GGUFReader(path).fields
+    numbers = {key: field.contents() for key, field in fields.items() if len(field.data) == 1}
+    sizes.require_few({key.rpartition(".")[2]: value for key, value in numbers.items()}, tensors, name)
     wanted = {key: fields.get(f"tokenizer.ggml.{key}") for key in ("pre", *_ROLES)}
     return {key: field.contents() for key, field in wanted.items() if field}
 

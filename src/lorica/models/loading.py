@@ -12,6 +12,7 @@ from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lorica.doors import place
 from lorica.errors import LoricaError, nearest
 from lorica.models.builtin import BUILTIN, builtin_folder
 from lorica.models.cache import disk_is_full
@@ -79,8 +80,8 @@ def load(
 
 def base_name(source: str | Path) -> str:
     """How a model is remembered: an alias or a hub id as it is, a folder or file by its absolute path."""
-    if str(source) not in BUILTIN and Path(source).expanduser().exists():
-        return str(Path(source).expanduser().resolve())
+    if str(source) not in BUILTIN and place(source).exists():
+        return str(place(source).resolve())
     return str(source)
 
 
@@ -88,7 +89,7 @@ def locate(source: str | Path, progress: Progress | None = None, weights: bool =
     """The folder, or the `.gguf` file, that holds `source`; fetched if it has to be, without `weights` from the hub."""
     if str(source) in BUILTIN:
         return builtin_folder(str(source), progress)
-    path = Path(source).expanduser()
+    path = place(source)
     if path.is_dir():
         return path
     if path.is_file():

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorica import formats, patch, weights
 from lorica.adapter import Adapter
+from lorica.doors import place
 from lorica.errors import LoricaError
 from lorica.models.builtin import BUILTIN
 from lorica.models.checkpoint import read_tokenizer
@@ -151,7 +152,7 @@ def describe(model: PreTrainedModel) -> Description:
 
 def adapter_folder(thing: str | Path, weights: bool = True) -> Path | None:
     """The folder with the adapter that `thing` is or holds; None where it is something else."""
-    path = Path(thing).expanduser()
+    path = place(thing)
     if path.is_file():
         return path if formats.recognise(path) else None
     folder = path if path.is_dir() else locate(thing, weights=weights)

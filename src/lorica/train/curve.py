@@ -82,7 +82,7 @@ def _title(logs: dict[Path, list[dict[str, Any]]]) -> str:
     (run, log), *_ = logs.items()
     facts = next(iter(_of(log, "start")), {})
     model = Path(facts.get("model", "")).name
-    return f"{run.resolve().name}   {model}   {_method(facts)}, lr {facts.get('lr'):g}"
+    return f"{run.resolve().name}   {model}   {_method(facts)}, lr {facts.get('lr')}"
 
 
 def _method(facts: dict[str, Any]) -> str:

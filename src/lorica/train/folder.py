@@ -13,16 +13,23 @@ from __future__ import annotations
 import json
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorica.errors import LoricaError
+from lorica import doors
+from lorica.errors import LoricaError, shown
 from lorica.files import write_atomic
 
 SETTINGS, METRICS, SAMPLES = "run.toml", "metrics.jsonl", "samples.jsonl"
 RUNS = Path("runs")
+# What its readers need of each kind of event.
+_FIELDS: dict[str, dict[str, Any]] = {
+    "step": {"step": int, "loss": int | float},
+    "eval": {"step": int, "held_out": int | float, "best": bool},
+    "end": {"steps": int, "best_step": int, "seconds": int | float},
+    "sample": {"step": int, "prompt": str, "reference": str, "text": str},
+}
 
 
 def new(out: str | Path | None, name: str) -> Path:
@@ -59,22 +66,27 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = Path(folder) / SETTINGS
     if not path.is_file():
         raise LoricaError(f"{folder} is not a run: it has no {SETTINGS}")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise LoricaError(f"{path} is not readable as TOML: {fault}") from fault
+    settings = doors.toml(path)
+    made = settings.get("made", {})
+    if not isinstance(made, dict) or not all(isinstance(text, str) for text in made.values()):
+        raise LoricaError(f"{path}: what it was made from (made) must be a table of texts")
+    return settings
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The objects of a log. A last line that a crash cut short is left out."""
     if not path.is_file():
         raise LoricaError(f"{path.parent} has no {path.name}: it is not a run, or one that has not begun")
-    lines = path.read_text(encoding="utf-8").split("\n")
-    try:
-        # What follows the last newline is empty, or unfinished.
-        return [json.loads(line) for line in lines[:-1]]
-    except ValueError as fault:
-        raise LoricaError(f"{path} holds a line that is not JSON: {fault}") from fault
+    events = doors.json_lines(path, "kind")
+    for number, event in enumerate(events, 1):
+        wrong = [
+            f"{key} is {shown(event.get(key))}"
+            for key, kind in _FIELDS.get(event["kind"], {}).items()
+            if not isinstance(event.get(key), kind)
+        ]
+        if wrong:
+            raise LoricaError(f"{path}:{number} is no {event['kind']} of a run: {', '.join(wrong)}")
+    return events
 
 
 def finished(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 
 from lorica import patch
 from lorica.adapter import Adapter
-from lorica.errors import LoricaError
+from lorica.errors import LoricaError, all_faults
 from lorica.files import write_atomic
 from lorica.formats.card import card
 from lorica.train import curve, folder, guards, processes
@@ -125,7 +125,10 @@ def settings_of(run: str | Path) -> TrainSettings:
     if folder.finished(Path(run)):
         raise LoricaError(f"{run} is finished, so there is nothing to resume; start a new run with --from {run}")
     known = {field.name for field in dataclasses.fields(TrainSettings)}
-    return TrainSettings(**{key: value for key, value in values.items() if key in known})
+    settings = TrainSettings(**{key: value for key, value in values.items() if key in known})
+    if faults := settings.check():
+        raise all_faults(f"{Path(run) / folder.SETTINGS} cannot be used:", faults)
+    return settings
 
 
 def _silence(event: object) -> None:

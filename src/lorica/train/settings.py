@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lorica.errors import shown
 from lorica.methods import METHODS, entry
 
 METHOD_FIELDS = ("method", *dict.fromkeys(name for entry in METHODS.values() for name in entry.reads))
@@ -140,8 +142,12 @@ class TrainSettings:
 
     def check(self) -> list[str]:
         """Everything that is wrong with the values, in words; empty if they can be used."""
+        hints = typing.get_type_hints(TrainSettings)
+        kinds = {name: hint for name, hint in hints.items() if not _is_of(hint, getattr(self, name))}
+        if kinds:
+            return [f"{name} is {shown(getattr(self, name))}; it must be {_word(hint)}" for name, hint in kinds.items()]
         faults = [
-            f"{name} is {value!r}; it must be {need}"
+            f"{name} is {shown(value)}; it must be {need}"
             for name, good, need in _RULES
             if (value := getattr(self, name)) is not None and not good(value)
         ]
@@ -178,8 +184,30 @@ class TrainSettings:
         return {name: value for name, value in found.items() if value is not None}
 
 
-_POSITIVE = (lambda value: value > 0, "above 0")
-_NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+def _is_of(hint: Any, value: Any) -> bool:
+    """Whether a value is of a field's type; whole numbers are numbers, lists from a file are tuples."""
+    inside = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return value in inside
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(_is_of(float, each) for each in value)
+    if inside:
+        return value is None or _is_of(inside[0], value)
+    kinds = (int, float) if hint is float else hint
+    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
+
+
+def _word(hint: Any) -> str:
+    """A field's type in words."""
+    inside = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(inside)}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return words.get(inside[0] if typing.get_origin(hint) is not tuple and inside else hint, "two numbers")
+
+
+_POSITIVE = (lambda value: 0 < value < math.inf, "above 0, and finite")
+_NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "0 or more, and finite")
 _RULES = (
     *(
         (name, *_POSITIVE)

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lorica.errors import LoricaError
+from lorica import doors, tensorfiles
+from lorica.errors import all_faults, shown
 from lorica.files import write_atomic
+from lorica.train.folder import METRICS, SAMPLES
 
 FILE = Path("state") / "state.safetensors"
 
@@ -63,9 +64,55 @@ def read(folder: Path) -> tuple[State, dict[str, Tensor]] | None:
     path = folder / FILE
     if not path.exists():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = State(**json.loads((file.metadata() or {})["lorica"]))
-            return state, {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, KeyError, TypeError, ValueError) as fault:
-        raise LoricaError(f"{path} is damaged or of another version: {fault}; start a new run") from fault
+    raw, metadata = tensorfiles.read(path)
+    told = doors.object_in(metadata.get("lorica", "{}"), f"the header of {path}")
+    faults = [f"{key} is missing" for key in _KINDS if key not in told] + doors.faults_of(told, _KINDS)
+    faults += [f"{shown(key)} is not known" for key in told if key not in _KINDS]
+    tensors = tensorfiles.floats(raw, faults)
+    if not faults:
+        faults = _log_faults(folder, told["logs"])
+    if faults:
+        raise all_faults(f"{path} is damaged or of another version; start a new run:", faults)
+    return State(**told), tensors
+
+
+def _log_faults(folder: Path, lengths: Mapping[str, int]) -> list[str]:
+    """A log is never shorter than the state says, since it reaches the disk first."""
+    found = {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in lengths}
+    return [
+        f"{name} has {size:,} bytes, and had {lengths[name]:,}" for name, size in found.items() if size < lengths[name]
+    ]
+
+
+def _is_loss(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))  # a NaN was measured so
+
+
+_COUNT = (doors.is_count, "a whole number from 0 up")
+_SIZE = (lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0, _COUNT[1])
+_TEXT = (lambda value: isinstance(value, str), "text")
+_LOGS = (METRICS, SAMPLES)
+_KINDS: dict[str, Any] = {
+    "step": _COUNT,
+    "before": (_is_loss, "a number"),
+    "best": (_is_loss, "a number"),
+    "best_step": _COUNT,
+    "stale": _COUNT,
+    "tokens": _SIZE,
+    "seconds": (lambda value: doors.is_number(value) and value >= 0, "a number from 0 up"),
+    "data": _TEXT,
+    "base": _TEXT,
+    "sampler": (
+        lambda value: (
+            isinstance(value, dict)
+            and (not value or value.keys() == {"n", "batch", "seed", "epoch", "position"})
+            and all(isinstance(each, int) for each in value.values())
+            and all(doors.is_count(value.get(key, 0)) for key in ("n", "batch", "epoch", "position"))
+        ),
+        "a position in the order of the rows",
+    ),
+    "logs": (
+        lambda value: isinstance(value, dict) and all(key in _LOGS and _SIZE[0](value[key]) for key in value),
+        f"lengths of {' and '.join(_LOGS)}",
+    ),
+}
