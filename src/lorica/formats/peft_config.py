@@ -123,7 +123,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     ),
     **{
         key: (_or_none(_is_flag), "true or false")
-        for key in ("use_rslora", "fan_in_fan_out", "ensure_weight_tying")
+        for key in ("use_rslora", "use_dora", "fan_in_fan_out", "ensure_weight_tying")
     },
     **{key: (_or_none(_is_text), "text") for key in ("base_model_name_or_path", "task_type", "peft_type")},
 }  # fmt: skip
