@@ -19,7 +19,7 @@ from model_files import save, write_gguf
 import lorica
 from attacks import mutations
 from lorica import Adapter, LoRA, data, inspect
-from lorica.formats import Contents, gguf, gguf_header, loralib, mlx, peft
+from lorica.formats import Contents, gguf, gguf_header, loralib, mlx, pair, peft
 from lorica.models.checkpoint import read_folder
 from lorica.train import folder as runs
 from lorica.train import state
@@ -189,12 +189,12 @@ def _list(rng: random.Random, content: bytes) -> bytes:
 FUSED = {"method": LoRA(r=2, alpha=3), "targets": "c_attn[q,v]"}
 PATTERNS = {"method": LoRA(r=2, alpha=6, ranks={"q_proj": 4}, alphas={r"layers\.1\..*": 3}), "targets": "qv"}
 KINDS: dict[str, Kind] = {
-    "peft config": Kind(lambda p: peft.write(p, _contents(**PATTERNS)), peft.CONFIG, _json, adapter_folder, 20),
+    "peft config": Kind(lambda p: peft.write(p, _contents(**PATTERNS)), pair.CONFIG, _json, adapter_folder, 20),
     "peft tensors": Kind(
-        lambda p: peft.write(p, _contents()), peft.TENSORS, mutations.safetensors, adapter_folder, 14
+        lambda p: peft.write(p, _contents()), pair.TENSORS, mutations.safetensors, adapter_folder, 14
     ),
     "peft, fused": Kind(
-        lambda p: peft.write(p, _contents(gpt2, **FUSED)), peft.TENSORS, mutations.safetensors, adapter_folder, 10
+        lambda p: peft.write(p, _contents(gpt2, **FUSED)), pair.TENSORS, mutations.safetensors, adapter_folder, 10
     ),
     "loralib": Kind(
         lambda p: loralib.write(p / "a.safetensors", _contents(gpt2, **FUSED)) and None,

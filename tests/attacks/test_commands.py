@@ -13,7 +13,7 @@ from lorica import LoricaError, tensorfiles
 from lorica.cli.main import main
 from lorica.data import tables
 from lorica.data.template import render_chat
-from lorica.formats import peft
+from lorica.formats import pair
 
 
 @pytest.fixture
@@ -50,12 +50,12 @@ def test_names_that_no_file_has(name, refused, tmp_path, monkeypatch):
 def test_a_damaged_adapter(adapter, refused, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a"}\n')
-    for content in (b"", b"garbage" * 40, (adapter / peft.TENSORS).read_bytes()[:-9]):
-        (adapter / peft.TENSORS).write_bytes(content)
+    for content in (b"", b"garbage" * 40, (adapter / pair.TENSORS).read_bytes()[:-9]):
+        (adapter / pair.TENSORS).write_bytes(content)
         assert "damaged or not a safetensors file" in refused("show", adapter)
         assert "damaged or not a safetensors file" in refused("convert", adapter, "--to", "gguf", "-o", tmp_path / "o")
         assert "damaged or not a safetensors file" in refused("generate", adapter, rows)
-    (adapter / peft.CONFIG).write_text("[" * 9000)
+    (adapter / pair.CONFIG).write_text("[" * 9000)
     assert "nested more than" in refused("show", adapter)
 
 
@@ -69,10 +69,10 @@ def test_garbage_by_any_name(name, content, refused, tmp_path):
 
 
 def test_names_in_a_file_do_not_reach_the_terminal_as_they_are(adapter, capsys):
-    path = adapter / peft.CONFIG
+    path = adapter / pair.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "\x1b]0;x\x07; rm -rf ~"}))
-    tensors, _ = tensorfiles.read(adapter / peft.TENSORS)
-    save_file({key: tensor.clone() for key, tensor in tensors.items()}, adapter / peft.TENSORS)
+    tensors, _ = tensorfiles.read(adapter / pair.TENSORS)
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, adapter / pair.TENSORS)
     assert main(["show", str(adapter)]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\\x1b]0;x" in out
@@ -85,7 +85,7 @@ def test_damaged_adapters_among_hundreds_are_lines_of_the_table(tmp_path, capsys
         bench = kinds[number % 2]
         damaged = bench.damaged(f"table:{number}") if number % 3 else bench.work
         (tmp_path / "many" / f"{number:03d}").mkdir(parents=True)
-        for name in (peft.CONFIG, peft.TENSORS):
+        for name in (pair.CONFIG, pair.TENSORS):
             (tmp_path / "many" / f"{number:03d}" / name).write_bytes((damaged / name).read_bytes())
     assert main(["show", str(tmp_path / "many"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["adapters"]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import lorica
 from attacks.kinds import KINDS, Bench, sound
 from lorica import Adapter, LoRA, LoricaError, formats, patterns
-from lorica.formats import Contents, gguf_header, loralib, mlx, peft
+from lorica.formats import Contents, gguf_header, loralib, mlx, pair, peft
 from lorica.models.checkpoint import read_folder
 from lorica.models.loading import load
 from lorica.train import state
@@ -39,16 +39,16 @@ def adapter(tmp_path):
 
 
 def configured(adapter, **changes):
-    path = adapter / peft.CONFIG
+    path = adapter / pair.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return adapter
 
 
 def rewritten(adapter, change, **metadata):
     """The adapter with its tensors changed by `change`."""
-    tensors, held = lorica.tensorfiles.read(adapter / peft.TENSORS)
+    tensors, held = lorica.tensorfiles.read(adapter / pair.TENSORS)
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
-    save_file(change(tensors), adapter / peft.TENSORS, metadata=held | metadata)
+    save_file(change(tensors), adapter / pair.TENSORS, metadata=held | metadata)
     return adapter
 
 
@@ -132,14 +132,14 @@ def test_numbers_that_are_not_finite_are_named_with_what_to_do(value, adapter):
 
 
 def test_a_header_that_promises_more_than_the_file_has_is_refused_before_anything_is_made(adapter):
-    path = adapter / peft.TENSORS
+    path = adapter / pair.TENSORS
     for length in (2**63, 2**40, 99 << 20, 0):
         path.write_bytes(struct.pack("<Q", length) + b"{}" + bytes(40))
         assert "damaged or not a safetensors file" in told(formats.read, adapter)
 
 
 def test_a_pickle_under_the_name_of_safetensors_is_called_one(adapter):
-    with zipfile.ZipFile(adapter / peft.TENSORS, "w") as archive:
+    with zipfile.ZipFile(adapter / pair.TENSORS, "w") as archive:
         archive.writestr("data.pkl", b"cos\nsystem\n(S'true'\ntR.")
     assert "a pickle under another name" in told(formats.read, adapter)
 
@@ -147,7 +147,7 @@ def test_a_pickle_under_the_name_of_safetensors_is_called_one(adapter):
 def test_sizes_that_no_tensor_has_are_refused(adapter):
     header = {"base_model.model.x.lora_A.weight": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}
     text = json.dumps(header).encode()
-    (adapter / peft.TENSORS).write_bytes(struct.pack("<Q", len(text)) + text)
+    (adapter / pair.TENSORS).write_bytes(struct.pack("<Q", len(text)) + text)
     assert "which no tensor has" in told(formats.read, adapter)
 
 
@@ -285,7 +285,7 @@ def test_a_state_whose_logs_are_shorter_than_it_says_is_refused(tmp_path):
 
 @pytest.mark.parametrize("what", ["folder", "device", "secret", "dangling"])
 def test_what_cannot_be_opened_is_said_so(what, adapter, monkeypatch):
-    path = adapter / peft.TENSORS
+    path = adapter / pair.TENSORS
     path.unlink()
     if what == "folder":
         path.mkdir()
