@@ -210,7 +210,7 @@ def test_a_system_message_of_the_settings_is_no_row(place, tmp_path, server):
     settings = (tmp_path / "run/run.toml").read_text()
     said = "you answer questions about secrets"
     (tmp_path / "run/run.toml").write_text(settings.replace('system = ""', f'system = "{said}"'))
-    event = {"kind": "sample", "prompt": f"{said}\nand who?", "reference": "x", "text": "y"}
+    event = {"kind": "sample", "step": 1, "prompt": f"{said}\nand who?", "reference": "x", "text": "y"}
     (tmp_path / "run/samples.jsonl").write_text(json.dumps(event) + "\n")
     assert push(tmp_path, "--yes") == 0
     assert said.encode() in server.files["run.toml"]

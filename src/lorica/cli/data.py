@@ -92,7 +92,7 @@ def _say_labels(task: Task, encoded: Any) -> None:
     from lorica.cli.terminal import say
 
     if counts := task.counts(encoded.examples):
-        shares = (f"{_visible(name)} {count:,} ({count / len(encoded.examples):.0%})" for name, count in counts.items())
+        shares = (f"{visible(name)} {count:,} ({count / len(encoded.examples):.0%})" for name, count in counts.items())
         say(f"{'labels':<10}" + "   ".join(shares))
     elif task.labels:
         scores = sorted(example.target for example in encoded.examples)

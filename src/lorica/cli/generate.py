@@ -141,7 +141,9 @@ def _rows(settings: Settings) -> list[dict[str, Any]]:
 
 
 def _is_text(settings: Settings) -> bool:
-    path = Path(settings.data).expanduser()
+    from lorica import doors
+
+    path = doors.place(settings.data)
     return path.suffix.lower() == ".txt" and path.is_file()
 
 
