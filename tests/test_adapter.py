@@ -302,7 +302,7 @@ def test_token_rows_that_do_not_fit_their_ids_are_refused(tmp_path):
     Adapter.of(trained(llama, LoRA(r=2, token_rows=(3, 7)), "qv")).save(tmp_path / "a")
     path = tmp_path / "a/adapter_config.json"
     config = json.loads(path.read_text())
-    for ids, why in (([3], "2 token rows, the config names 1"), ([3, 3], "2 token rows, the config names 1")):
+    for ids, why in (([3], "2 token rows, the config names 1"), ([3, 3], "a list of different token ids")):
         path.write_text(json.dumps(config | {"trainable_token_indices": {"embed_tokens": ids}}))
         with pytest.raises(LoricaError, match=why):
             Adapter.load(tmp_path / "a")

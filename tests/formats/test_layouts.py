@@ -263,9 +263,9 @@ def test_what_lies_there_is_told_by_its_files_and_headers(bases, tmp_path):
     assert recognise(write_gguf(tmp_path / "model.gguf")) is None
     assert recognise(save(tmp_path / "model")) is None
     (tmp_path / "text.safetensors").write_text("no such file")
-    assert recognise(tmp_path / "text.safetensors") is None
-    with pytest.raises(LoricaError, match="no adapter that is known"):
-        Adapter.load(tmp_path / "text.safetensors")
+    for look in (recognise, Adapter.load):
+        with pytest.raises(LoricaError, match="damaged or not a safetensors file"):
+            look(tmp_path / "text.safetensors")
 
 
 def test_every_shape_of_adapter_has_a_case_of_its_own():
