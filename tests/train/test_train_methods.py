@@ -12,6 +12,7 @@ import lorica
 from families import FAMILIES
 from lorica import Adapter, TrainSettings
 from lorica.cli.main import main
+from lorica.data import Record
 from lorica.errors import LoricaError
 from lorica.fast import Fast
 from lorica.methods import METHODS
@@ -145,7 +146,8 @@ def test_a_model_with_an_adapter_is_trained_with_it_and_with_no_other(model, tok
 @pytest.mark.parametrize("name", METHODS)
 def test_a_real_decoder_learns_by_every_method(name, tmp_path):
     model, tok = lorica.load("smollm2-135m", dtype="fp32")
-    rows = [{"prompt": f"Say {word}.", "completion": f" {word}, as {word} is said."} for word in ("red", "blue", "two")]
+    words = ("red", "blue", "two")
+    rows = [Record("pair", prompt=f"Say {word}.", completion=f" {word}, as {word} is said.") for word in words]
     settings = TrainSettings(method=name, steps=4, batch=3, held_out=0, sample=0, eval_every=4, **GIVEN.get(name, {}))
     losses = []
     ended = lorica.train(
