@@ -5,6 +5,7 @@
 
 Parts, each in a process of its own, its contenders in turn within it so that they share a moment of the machine:
 
+    steps       the same without attention to the past, each step between two of the base's: what the products cost
     mixes       a decoding step of 16 requests: the base, merged, one adapter, sixteen, of one rank and of many
     peers       the same prompts through transformers' continuous batching, batched generate, and PEFT's mixed batch
     registered  requests over 5 and over 1,000 registered adapters (Zipf), and over twice what may be in memory
@@ -35,15 +36,20 @@ from typing import Any
 
 from measure import child, finish, machine, summary
 
-PARTS = ("mixes", "peers", "registered", "exact", "soak")
+PARTS = ("steps", "mixes", "peers", "registered", "exact", "soak")
 RANKS = (2, 4, 8, 16, 32, 64)
 TARGETS = {
     "merged / base": ("<=", 1.01),
     "one r8 all-linear / base": ("<=", 1.05),
+    "one r8 all-linear / base, products": ("<=", 1.05),
     "16 r8 all-linear / base": ("<=", 1.2),
+    "16 r8 all-linear / base, products": ("<=", 1.2),
     "16 r8 qv / base": ("<=", 1.06),
+    "16 r8 qv / base, products": ("<=", 1.06),
     "16 mixed qv / base": ("<=", 1.35),
+    "16 mixed qv / base, products": ("<=", 1.35),
     "16 mixed all-linear / base": ("<=", 1.35),
+    "16 mixed all-linear / base, products": ("<=", 1.35),
     "lorica / transformers continuous batching": (">=", 1.0),
     "lorica / batched generate": (">=", 1.0),
     "lorica 16 r8 qv / peft mixed batch": (">=", 3.0),
@@ -194,19 +200,60 @@ def medians(found: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(each) for name, each in found.items()}
 
 
+def mixtures(options: Any, model: Any, folder: Path) -> dict[str, list[str]]:
+    """The adapters of 16 requests by the name of the mixture; made where they are not there."""
+    plan = {"one r8 all-linear": ["all-linear-r8-0"] * 16}
+    for targets in ("all-linear", "qv"):
+        plan[f"16 r8 {targets}"] = [f"{targets}-r8-{i}" for i in range(16)]
+        plan[f"16 mixed {targets}"] = [f"{targets}-r{RANKS[i % len(RANKS)]}-{i}" for i in range(16)]
+    for name in sorted({name for names in plan.values() for name in names}):
+        targets, r, i = name.rsplit("-", 2)
+        made(model, folder, name, int(r[1:]), targets, 100 * int(r[1:]) + int(i))
+    return plan
+
+
+def steps(options: Any) -> dict[str, Any]:
+    """Paired forward passes of 16 tokens: robust against a machine that others use."""
+    import torch
+
+    import lorica
+    from lorica.serve.rows import Layers
+
+    with adapters_in(options) as folder, torch.no_grad():
+        model, _ = lorica.load(options.model, dtype="fp32")
+        plans = mixtures(options, model, folder)
+        model.requires_grad_(False)
+        layers, ids = Layers(model), torch.randint(10, 40_000, (16, 1))
+        results: dict[str, Any] = {}
+        ratios: dict[str, float] = {}
+
+        def step(work: list[Any]) -> float:
+            layers.work = work
+            began = clock()
+            model(input_ids=ids, use_cache=False)
+            return clock() - began
+
+        with layers.attached():
+            base: list[Any] = [None] * len(layers.layers)
+            for name, names in plans.items():
+                loaded = {each: layers.read(folder / each) for each in set(names)}
+                work = layers.plan([(loaded[each], 1) for each in names]).work
+                step(base), step(work)
+                took = [(step(base), step(work), step(base)) for _ in range(5 * options.repeats)]
+                layers.idle()
+                ratios[f"{name} / base, products"] = statistics.median(2 * b / (a + c) for a, b, c in took)
+                results[f"step, {name}"] = summary(16 / b for _, b, _ in took)
+                print(f"{name:22} {ratios[f'{name} / base, products']:.3f}", file=sys.stderr, flush=True)
+    return {"results": results, "ratios": ratios}
+
+
 def mixes(options: Any) -> dict[str, Any]:
     """What adapters cost in one batch of 16."""
     import lorica
 
     with adapters_in(options) as folder:
-        plan: dict[str, list[str | None]] = {"base": [None] * 16, "one r8 all-linear": ["all-linear-r8-0"] * 16}
         model, _ = lorica.load(options.model, dtype="fp32")
-        for targets in ("all-linear", "qv"):
-            for i in range(16):
-                for r in {8, RANKS[i % len(RANKS)]}:
-                    made(model, folder, f"{targets}-r{r}-{i}", r, targets, 100 * r + i)
-            plan[f"16 r8 {targets}"] = [f"{targets}-r8-{i}" for i in range(16)]
-            plan[f"16 mixed {targets}"] = [f"{targets}-r{RANKS[i % len(RANKS)]}-{i}" for i in range(16)]
+        plan: dict[str, list[Any]] = {"base": [None] * 16} | mixtures(options, model, folder)
         adapter = lorica.Adapter.load(folder / "all-linear-r8-0")
         del model
         served = Served(options, folder)
