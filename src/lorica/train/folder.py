@@ -68,8 +68,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise LoricaError(f"{folder} is not a run: it has no {SETTINGS}")
     settings = doors.toml(path)
     made = settings.get("made", {})
-    if not isinstance(made, dict) or not all(isinstance(text, str) for text in made.values()):
-        raise LoricaError(f"{path}: what it was made from (made) must be a table of texts")
+    if not isinstance(made, dict) or not all(isinstance(each, str) or doors.is_words(each) for each in made.values()):
+        raise LoricaError(f"{path}: what it was made from (made) must be a table of texts and lists of texts")
     return settings
 
 
