@@ -84,7 +84,7 @@ def _log_faults(folder: Path, lengths: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _is_loss(value: Any) -> bool:
+def _is_measured(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))  # a NaN was measured so
 
 
@@ -92,14 +92,20 @@ _COUNT = (doors.is_count, "a whole number from 0 up")
 _SIZE = (lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0, _COUNT[1])
 _TEXT = (lambda value: isinstance(value, str), "text")
 _LOGS = (METRICS, SAMPLES)
+_MEASURES = (
+    lambda value: isinstance(value, dict) and all(_is_measured(each) for each in value.values()),
+    "numbers by measure",
+)
 _KINDS: dict[str, Any] = {
     "step": _COUNT,
-    "before": (_is_loss, "a number"),
-    "best": (_is_loss, "a number"),
+    "before": (_is_measured, "a number"),
+    "best": (_is_measured, "a number"),
     "best_step": _COUNT,
     "stale": _COUNT,
     "tokens": _SIZE,
     "seconds": (lambda value: doors.is_number(value) and value >= 0, "a number from 0 up"),
+    "measures_before": _MEASURES,
+    "measures": _MEASURES,
     "data": _TEXT,
     "base": _TEXT,
     "sampler": (
