@@ -173,7 +173,7 @@ def test_two_processes_make_the_step_of_one(fresh, tmp_path):
         textwrap.dedent(
             f"""
             import sys, json
-            sys.path[:0] = [{str(Path(__file__).parent)!r}]
+            sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
             from conftest import make_model
             from test_train_step import gradients, plain
             from accelerate import Accelerator
