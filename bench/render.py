@@ -45,8 +45,14 @@ def short(report: dict[str, Any]) -> list[str]:
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["median"]):
         lines.append(f"| {name.replace('_', ' ')} | {row['median']:.0f} | {row['peak_bytes'] / 1e9:.2f} GB |")
     about = f"{settings['model']}, r={settings['r']} on all linear layers, E2E rows, {settings['batch']} rows a step, "
-    about += f"{machine['cores']} cores of {machine['cpu']}, {machine['date']}; real tokens, medians of "
+    about += f"{machine['cores']} cores of {cpu(machine)}, {machine['date']}; real tokens, medians of "
     return [*lines, "", f"{about}{settings['repeats']} interleaved runs."]
+
+
+def cpu(machine: dict[str, Any]) -> str:
+    """The processor, and what it multiplies bf16 with: machines of one name differ most in that."""
+    has = next((name for name in ("amx_bf16", "avx512_bf16") if name in machine["capabilities"]), "no bf16")
+    return f"{machine['cpu']} ({has})"
 
 
 def section(report: dict[str, Any]) -> list[str]:
@@ -57,7 +63,7 @@ def section(report: dict[str, Any]) -> list[str]:
     lines = [
         f"## {report['bench']}",
         "",
-        f"{machine['date']}, {machine['cpu']}, {machine['cores']} cores. {libraries}.",
+        f"{machine['date']}, {cpu(machine)}, {machine['cores']} cores. {libraries}.",
         "",
     ]
     lines += [f"Settings: {', '.join(f'{key} {value}' for key, value in report['settings'].items())}.", ""]
