@@ -98,3 +98,18 @@ def test_other_families_have_a_plan():
 def test_an_unknown_model_is_refused():
     with pytest.raises(LoricaError, match="no such folder"):
         plan.config_of("./nothing-here")
+
+
+def test_a_method_of_some_blocks_is_counted_on_all_of_them():
+    from lorica.methods.adapters import AdapterD
+    from lorica.methods.selections import Top
+
+    block = sum(
+        each.numel() for each in plan._built(plan.AutoModelForCausalLM, SMALL, 6, "fp32").model.layers[0].parameters()
+    )
+    assert plan.predict(SMALL, dataclasses.replace(WORK, method=Top(5)), process=0).trainable == 5 * block
+    three, seven_of_twelve = (
+        plan.predict(SMALL, dataclasses.replace(WORK, method=AdapterD(8, blocks=blocks)), process=0).trainable
+        for blocks in (3, None)
+    )
+    assert three * 4 == seven_of_twelve * 3

@@ -67,7 +67,8 @@ class Adapter:
             known["head"] = json.dumps(head)
         tensors = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in record.values().items()}
         about = MappingProxyType(known | dict(meta or {}))
-        method = record.method.saved() if isinstance(record.method, LoRA) else record.method
+        saved = getattr(record.method, "saved", None)
+        method = saved() if saved else record.method
         return cls(method, tuple(record.targets), MappingProxyType(tensors), about)
 
     @classmethod
@@ -103,7 +104,7 @@ class Adapter:
         if self.method.takes_targets and not targets:
             raise all_faults("this adapter is not for this model:", sorted(faults) or ["it has no targets"])
         # Its tensors replace what an initialiser makes, and loftq's costs a second copy of the base.
-        again = isinstance(self.method, LoRA) and self.method.init == "loftq"
+        again = getattr(self.method, "init", "") == "loftq"
         method = dataclasses.replace(self.method, init="kaiming") if again else self.method
         also = [key for key in head_parameters(model) if key in self.tensors]
         patched = patch.inject(model, method, targets, name, also)

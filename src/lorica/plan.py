@@ -238,7 +238,7 @@ def _grown(
     """The numbers of the whole model, from two small ones where its layers are alike."""
     layers = config.get_text_config().num_hidden_layers
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    if layers <= 4 or len(kinds) > 1:
+    if layers <= 4 or len(kinds) > 1 or hasattr(work.method, "blocks"):  # some blocks only: not alike
         return _whole(_traced(_built(kind, config, layers, work.dtype), work, lengths, again))
     small = (_built(kind, config, count, work.dtype) for count in (2, 3))
     few, more = (_traced(model, work, lengths, again) for model in small)

@@ -208,3 +208,23 @@ def test_lora_at_full_rank_with_biases_reaches_any_weights():
         patch.B.data, patch.A.data = left * sizes, right
     assert not laws.close(logits(tuned), logits(gpt2()), 0.1)
     assert laws.close(logits(model), logits(tuned))
+
+
+@pytest.mark.parametrize("settings", [{"alpha": 16, "dropout": 0}, {"init": "pissa"}], ids=["whole numbers", "pissa"])
+@pytest.mark.parametrize("name", ["lora+prefix-embedding", "lora+prefix-layer"])
+def test_lora_beside_prefixes_is_read_again_as_it_was_set(name, settings, tmp_path):
+    model = llama()
+    lorica.inject(model, method_of(TrainSettings(method=name, rank=4, **settings)), "q_proj")
+    stir(model, size=0.05)
+    Adapter.of(model).save(tmp_path / "a")
+    fresh = llama()
+    Adapter.load(tmp_path / "a").apply(fresh)
+    assert torch.allclose(logits(fresh), logits(model), atol=1e-5)
+
+
+def test_places_are_those_of_the_base_whatever_is_on_it():
+    from lorica.methods.places import inside, stacks
+
+    plain, adapted = bert(), bert()
+    lorica.inject(adapted, made("adapter-l"))
+    assert inside(adapted, stacks(adapted)[-1]) == inside(plain, stacks(plain)[-1])

@@ -228,3 +228,18 @@ async def test_whatever_happens_memory_is_kept_and_all_are_served():
     for turn in turns:
         if turn._ready.done():
             turn._ready.exception()
+
+
+@run_in_loop
+async def test_a_turn_that_was_called_off_is_passed_over_and_nobody_s_turns_are_lost():
+    queue = Admission(Limits(kv_tokens=100))
+    (first,) = queue.enter(B, None, [100])
+    waiting = queue.enter(A, None, [50, 50])
+    for turn in waiting:
+        turn._ready.cancel()  # its task has not run yet
+    first.end(100)
+    (last,) = queue.enter(B, None, [90])
+    assert begun([last]) == [True]
+    for turn in (*waiting, last):
+        turn.end(0)
+    assert not queue.running and not queue.waiting

@@ -75,3 +75,8 @@ def test_only_the_row_that_is_no_number_is_refused():
     rows = torch.stack([LOGITS, bad, torch.full((5,), float("inf"))])
     tokens = choose(rows, [Chooser(Sampling(1))] * 3)
     assert tokens[0].id == 1 and tokens[1] is None and tokens[2] is None
+
+
+def test_a_tiny_temperature_is_greedy_and_breaks_nothing():
+    for settings in ({"top_p": 0.9}, {"top_k": 3}, {}):
+        assert drawn(Sampling(1, temperature=1e-320, seed=0, **settings), 20) == {1: 20}

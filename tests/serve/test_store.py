@@ -295,3 +295,43 @@ def test_many_threads_lease_release_reload_and_evict_without_losing_count(make, 
     assert eventually(lambda: all(status.state != "loading" for status in store.status()))
     assert all(status.leases == 0 for status in store.status())
     assert store.nbytes == sum(status.nbytes for status in store.status()) <= 3 * SIZE
+
+
+def test_what_does_not_fit_beside_the_pinned_says_so_and_others_are_still_loaded(make, root):
+    store = make(limit=2 * SIZE + SIZE // 2)
+    store.pin("a")
+    store.pin("b")
+    assert eventually(lambda: state(store, "a") == state(store, "b") == "pinned")
+    lease = store.lease("c")
+    assert lease.wait(5)
+    assert "do not fit beside the 200 that are pinned" in lease.generation.error
+    lease.release()
+    store.unload("a")
+    assert eventually(lambda: state(store, "a") == "unloaded")
+    put(root / "c", "c2")
+    again = store.lease("c")
+    assert text(again) == "c2"
+
+
+def test_a_name_that_is_given_another_folder_while_it_loads_is_of_that_folder(root):
+    slow, going = threading.Event(), threading.Event()
+
+    def reads(folder):
+        if folder.name == "a":
+            going.set()
+            slow.wait(5)
+        return read(folder)
+
+    store = Store(reads, root, every=0.02)
+    try:
+        first = store.load("x", root / "a")
+        assert going.wait(5)
+        second = store.load("x", root / "b")
+        slow.set()
+        assert text(second) == "b1"
+        assert first.wait(5)
+        third = store.lease("x")
+        assert text(third) == "b1"
+    finally:
+        slow.set()
+        store.close()

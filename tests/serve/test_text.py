@@ -92,3 +92,7 @@ def test_text_ends_before_the_first_stop_string_however_it_comes():
 def test_only_what_may_begin_a_stop_string_is_held_back(pieces, shown):
     held = StopStrings(["END"])
     assert [held.add(piece) for piece in pieces] == shown
+
+
+def test_many_tokens_without_text_leave_the_next_character_whole(tok):
+    assert "".join(said(tok, ids("x"), [*ids("a"), *[257] * 20, *ids("\U0001f980 ok")])) == "a\U0001f980 ok"

@@ -15,6 +15,7 @@ from lorica import Adapter, LoRA, LoricaError, TrainSettings, patch
 from lorica.data import LabelledRow, encode_labelled
 from lorica.evaluate import Verdicts, judge
 from lorica.models import open_thing
+from lorica.targets import FRESH
 from lorica.tasks import labels_in, task_of
 from lorica.train import folder, many
 from lorica.train.setup import equip
@@ -271,3 +272,14 @@ def test_labels_are_read_from_the_data(table):
     assert labels_in("classify", table, {}) == NAMES
     assert labels_in("regress", table, {}) == ("score",)
     assert labels_in("auto", table, {}) == labels_in("lm", table, {}) == ()
+
+
+def test_a_new_head_under_an_adapter_that_does_not_train_it_is_an_error():
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_labels=2
+    )
+    model = transformers.LlamaForSequenceClassification(config)
+    setattr(model, FRESH, frozenset({"score.weight"}))
+    lorica.inject(model, LoRA(r=8), "all-linear")
+    with pytest.raises(LoricaError, match=r"does not train it:\s+score.weight"):
+        equip(model, TrainSettings())

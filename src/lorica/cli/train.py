@@ -103,6 +103,7 @@ class _Job:
     start: str
     settings: TrainSettings
     how: dict[str, Any]
+    labels: tuple[str, ...] = ()  # those of the run that is resumed
 
 
 def _job(settings: Settings) -> _Job:
@@ -133,7 +134,8 @@ def _job(settings: Settings) -> _Job:
         raise LoricaError(
             f"{path} was trained on data or a model in memory: resume it from Python with train(resume=...)"
         )
-    return _Job(there["model"], there["data"], there.get("from", ""), chosen, {"resume": path})
+    labels = tuple(there.get("made", {}).get("labels", ()))
+    return _Job(there["model"], there["data"], there.get("from", ""), chosen, {"resume": path}, labels)
 
 
 def _loaded(job: _Job) -> tuple[Any, Any]:
@@ -142,7 +144,7 @@ def _loaded(job: _Job) -> tuple[Any, Any]:
     from lorica.tasks import columns_of, labels_in
 
     how = {name: getattr(job.settings, name) for name in ("dtype", "device", "quantize")}
-    labels = labels_in(job.settings.task, job.data, columns_of(job.settings))
+    labels = job.labels or labels_in(job.settings.task, job.data, columns_of(job.settings))
     opened = open_thing(job.model, adapter=job.start or None, labels=labels, **how)
     if opened.adapter and not job.start:
         raise LoricaError(

@@ -84,7 +84,8 @@ def _method(config: dict[str, Any]) -> Any:
     faults += [
         f"unexpected  {name}={settings[name]!r}, which must be {getattr(hints[name], '__name__', hints[name])}"
         for name in sorted(known & set(settings))
-        if isinstance(hints[name], type | UnionType) and not isinstance(settings[name], hints[name])
+        if isinstance(hints[name], type | UnionType)
+        and not isinstance(settings[name], int | float if hints[name] is float else hints[name])
     ]
     if faults:
         raise all_faults(f"the settings of {entry.name} are not understood:", faults)

@@ -12,6 +12,7 @@ What cannot be found is refused with the reason.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica import weights
+from lorica import patch, weights
 from lorica.errors import LoricaError, all_faults
 from lorica.targets import CHILD, input_embedding, refusal
 
@@ -156,7 +157,8 @@ def _run(model: Any) -> None:
     both = getattr(model.config, "is_encoder_decoder", False)
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()(**({"input_ids": ids, "decoder_input_ids": ids} if both else {"input_ids": ids}))
+        with patch.disabled(model) if patch.adapters(model) else contextlib.nullcontext():
+            model.eval()(**({"input_ids": ids, "decoder_input_ids": ids} if both else {"input_ids": ids}))
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -17,6 +17,7 @@ say the same for every prompt. With the embeddings these are L sets of rows, as 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -186,6 +187,11 @@ class LoRAPrefixEmbedding(PrefixEmbedding):
     def lora(self) -> LoRA:
         """The other half."""
         return LoRA(r=self.rank, alpha=self.alpha, dropout=self.dropout, scaling=self.scaling, init=self.init)
+
+    def saved(self) -> LoRAPrefixEmbedding:
+        """See `LoRA.saved`."""
+        lora = self.lora.saved()
+        return dataclasses.replace(self, rank=lora.r, alpha=lora.alpha, init=lora.init)
 
     def patches(self, model: nn.Module, targets: Sequence[Target]) -> Patched:
         """The updates of the targets, then the rows: an update of the embedding is not to meet special tokens."""

@@ -97,7 +97,8 @@ def open_thing(
     if quantize == "auto":
         quantize = chosen.meta.get("quantize", "none") if chosen else "none"
     own = _labels(chosen) if chosen is not None else []
-    other_head = bool(own and labels and set(labels) != set(own))
+    # An adapter of a language model has no head at all.
+    other_head = bool(chosen is not None and labels and set(labels) != set(own))
     labels = labels if other_head else own or labels
     how: dict[str, Any] = {
         "dtype": dtype, "device": device, "quantize": quantize, "labels": labels, "progress": progress
@@ -107,7 +108,8 @@ def open_thing(
     model, tok = _base(chosen, folder, base, **how)
     _warn_if_other_base(chosen, model, folder)
     if other_head:
-        warnings.warn(f"{folder} tells {', '.join(own)} apart: its head is replaced by a new one", stacklevel=2)
+        if own:
+            warnings.warn(f"{folder} tells {', '.join(own)} apart: its head is replaced by a new one", stacklevel=2)
         new = {name: model.get_parameter(name).detach().float().cpu() for name in head_parameters(model)}
         chosen = dataclasses.replace(chosen, tensors={**chosen.tensors, **new})
     chosen.apply(model)

@@ -162,7 +162,10 @@ class Admission:
             lengths[longest] -= 1
         for turn in pushed:
             self._leave(turn)
-            turn._ready.set_exception(Overloaded("others wait too, and this key has most of the queue", self._seconds))
+            if not turn._ready.done():
+                turn._ready.set_exception(
+                    Overloaded("others wait too, and this key has most of the queue", self._seconds)
+                )
 
     @property
     def _slots(self) -> int:
@@ -182,6 +185,8 @@ class Admission:
     def _next(self) -> Turn | None:
         passed: list[Turn] = []
         for turn in self._in_turn() if len(self.running) < self.limits.running else ():
+            if turn._ready.done():  # called off; its task is about to end it
+                continue
             if self._fits(turn):
                 for other in passed:
                     other.passed += 1

@@ -41,7 +41,8 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Token | None]:
 def _drawn(logits: Tensor, sampling: Sampling, u: float) -> int:
     """The token at ``u`` in [0, 1) of the distribution that temperature, top_k and top_p leave."""
     vocab = logits.shape[0]
-    scaled = logits.double() / sampling.temperature
+    # The largest is put at 0, so that a tiny temperature makes no inf - inf.
+    scaled = (logits.double() - logits.max()) / sampling.temperature
     if not sampling.top_k and sampling.top_p == 1:
         return _at(torch.softmax(scaled, 0), u)
     count = min(sampling.top_k or _MANY, vocab)

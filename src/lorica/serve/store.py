@@ -127,7 +127,13 @@ class Store:
                 if name in self._aliases:
                     raise LoricaError(f"{name!r} is an alias of {self._aliases[name]}")
                 place = self._places.place(given, trusted=False)
-                self._entries.setdefault(name, _Entry(place)).place = place
+                entry = self._entries.setdefault(name, _Entry(place))
+                if entry.place != place and entry.coming:  # it is reading other files
+                    entry.coming.retired = True
+                    if entry.current is entry.coming:
+                        entry.current = None
+                    entry.coming = None
+                entry.place = place
             entry = self._entry(name)
             entry.unloaded, entry.pinned = False, entry.pinned or pin
             return self._leased(self._begin(name, entry))
@@ -139,6 +145,7 @@ class Store:
             entry.unloaded, entry.pinned = True, False
             self._retire(entry)
             self._fits()
+            self.changed.notify_all()
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Keep a name in memory, loading it where needed; or no longer."""
@@ -147,6 +154,7 @@ class Store:
             if pinned:
                 self._wanted(name)
             self._fits()
+            self.changed.notify_all()
 
     def alias(self, alias: str, to: str) -> str | None:
         """Let `alias` stand for an adapter, or for one generation of it (``name@3fa9...``), which it keeps in memory.
@@ -265,6 +273,15 @@ class Store:
             raise Unknown(f"{len(fitting)} generations of {name!r} in memory begin with {begins!r}: {', '.join(found)}")
         return fitting[0]
 
+    def _room(self, need: int) -> bool:
+        """Whether `need` fits, others evicted; LoricaError where only an operator could make it fit."""
+        held = {entry.current for entry in self._entries.values() if entry.pinned and entry.current}
+        held |= {alias.generation for alias in self._aliases.values() if alias.generation}
+        kept = sum(each.payload.nbytes for each in held if each.payload)
+        if self._limit is not None and need + kept > self._limit:
+            raise LoricaError(f"its {need} bytes do not fit beside the {kept} that are pinned, of {self._limit}")
+        return self._fits(need)
+
     def _fits(self, need: int = 0) -> bool:
         """Free what is retired and free of leases, then the least recently used until `need` fits; whether it does."""
         for each in [each for each in self._alive if each.retired and each.done and not each.leases]:
@@ -370,7 +387,7 @@ class Store:
             with self.changed:
                 if self._limit is not None and size > self._limit:
                     raise LoricaError(f"its {size} bytes are more than the {self._limit} that adapters may take")
-                self.changed.wait_for(lambda size=size: self._fits(size) or self._closed)  # type: ignore[misc]
+                self.changed.wait_for(lambda size=size: self._room(size) or self._closed)  # type: ignore[misc]
             named, payload = digest(folder), self._read(folder)
             if looks(folder) == seen:
                 return seen, named, payload

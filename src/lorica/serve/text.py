@@ -48,6 +48,8 @@ class Detokenizer:
     def _new(self, whole: bool) -> str:
         before = self._text(self._ids[self._start : self._read])
         text = self._text(self._ids[self._start :])
+        if text == before and not text.endswith("\ufffd"):  # tokens without text, of which nothing has to be kept
+            del self._ids[self._read :]
         if len(text) <= len(before) or (text.endswith("\ufffd") and not whole):
             return ""
         self._ids = self._ids[self._read :]

@@ -51,7 +51,8 @@ class Forecast:
 def forecast(model: Any, data: Prepared, settings: TrainSettings) -> Forecast:
     """The plan for this training. Activations are kept unless that does not fit, or the settings say otherwise."""
     device = next(model.parameters()).device
-    weights = sum(each.numel() * each.element_size() for each in model.parameters())
+    every = [*model.parameters(), *(each for _, each in patch.base_parameters(model))]  # the base's too, if displaced
+    weights = sum(each.numel() * each.element_size() for each in {id(each): each for each in every}.values())
     if device.type == "cuda":
         available, process = torch.cuda.mem_get_info(device)[0] + weights, 0
     else:

@@ -20,7 +20,7 @@ from lorica.geometry import correction
 from lorica.lowrank import LoRA
 from lorica.methods import METHODS, entry
 from lorica.models import draw_head
-from lorica.targets import Target, head_parameters, resolve
+from lorica.targets import FRESH, Target, head_parameters, resolve
 from lorica.tasks import Task, task_of
 from lorica.train import guards, start
 from lorica.train.examples import Prepared, prepare
@@ -43,7 +43,7 @@ def ready(model: nn.Module, tok: Any, data: Any, settings: TrainSettings) -> tup
     Returns the examples and the settings with every rule applied.
     """
     task = task_of(model)
-    if faults := settings.check() + _task_faults(task, settings):
+    if faults := settings.check() or _task_faults(task, _adopted(model, settings)):
         raise all_faults("these settings cannot be used:", faults)
     prepared = prepare(data, tok, _adopted(model, settings), task)
     guards.labelled(prepared.train, "training")
@@ -72,6 +72,9 @@ def equip(model: nn.Module, settings: TrainSettings) -> None:
         return
     if patch.state_of(model).merged:  # type: ignore[union-attr]
         raise LoricaError(f"the adapter {patch.active(model)!r} is merged; unmerge the model to train it")
+    selected = patch.installed(model).selected
+    if cold := [name for name in getattr(model, FRESH, ()) if name not in selected]:
+        raise all_faults("the head is new, and the adapter on the model does not train it:", sorted(cold))
     there, default = _settings_of(model, settings), TrainSettings()
     faults = [
         f"{name} is {getattr(settings, name)!r}, on the model {there.get(name)!r}"

@@ -162,6 +162,8 @@ class Service:
     async def text(self, tenant: Tenant, asked: TextRequest) -> Job:
         """Texts or token ids to continue as a job."""
         adapter = self.adapter(tenant, asked.model)
+        if len(asked.prompt) * asked.n > (most := self.admission.limits.waiting):
+            raise Refused(400, f"{len(asked.prompt):,} prompts at once; at most {most:,} may wait", param="prompt")
 
         def encode() -> list[list[int]]:
             begin = bos_ids(self.tok)

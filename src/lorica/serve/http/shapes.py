@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import from_json
 
 from lorica.errors import nearest
@@ -28,6 +28,7 @@ ERRORS = {
     504: "TimeoutError",
 }
 # Fields that change nothing about an answer here.
+_FIELDS = 64  # of a body: more than any request has
 IGNORED = {
     "user",
     "metadata",
@@ -149,7 +150,8 @@ class TextRequest(_Request):
 class ChatRequest(_Request):
     """Body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    # One fault is enough of a long list.
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
@@ -189,6 +191,8 @@ def parse(kind: type[R], body: bytes) -> R:
         raise Refused(400, f"the body is not JSON: {fault}") from fault
     if not isinstance(found, dict):
         raise Refused(400, "the body must be a JSON object")
+    if len(found) > _FIELDS:
+        raise Refused(400, f"the body has {len(found):,} fields, of which this server understands few")
     values = {key: value for key, value in _given(found).items() if key not in IGNORED or key in kind.model_fields}
     faults: dict[str, str] = {}
     for key in values.keys() - kind.model_fields.keys():
