@@ -159,4 +159,4 @@ def test_a_real_decoder_learns_by_every_method(name, tmp_path):
     assert losses[-1] < losses[0]
     lorica.eject(model)
     Adapter.load(tmp_path / "run" / "best").apply(model)
-    assert torch.equal(next(iter(lorica.trainable(model).values())), next(iter(ended.adapter.tensors.values())))
+    assert all(torch.equal(tensor, ended.adapter.tensors[key]) for key, tensor in lorica.trainable(model).items())
