@@ -73,7 +73,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     updates: dict[str, Update] = getattr(self.config, "updates", {})
     eager = getattr(self.config, "config", self.config)._experts_implementation in (None, "eager")
     tokens, k = top_k_index.shape
-    chosen, order = torch.sort((top_k_index.T if eager else top_k_index).reshape(-1), stable=True)
+    # the rows of one expert stand in transformers' own order, since the last bits of a row may depend on its place
+    chosen, order = torch.sort((top_k_index.T if eager else top_k_index).reshape(-1), stable=eager)
     counts = _counts(chosen, self.num_experts)
     chosen, order = chosen[: sum(counts)], order[: sum(counts)]
     token = order % tokens if eager else order // k
