@@ -1,12 +1,14 @@
-"""Attention over transformers' paged cache, request by request, without a mask over everybody else's keys.
+"""Attention over transformers' paged cache, without a mask over everybody else's keys.
 
 Registered with transformers' `AttentionInterface`; a `Step`, handed to the model as `KEYWORD`, says what the batch
-consists of. Requests that add one token are attended in one product over keys gathered side by side; the others each
-by themselves.
+consists of. Prompts that begin are documents laid end to end, and are attended as those of a training step are.
+Requests that add one token are attended in one product over keys gathered side by side; what goes on reading a prompt,
+request by request.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorica.errors import LoricaError
+from lorica.kernels.documents import Documents, attention, documents
 
 NAME, KEYWORD = "lorica_paged", "lorica_step"
 _UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias")
@@ -33,37 +36,58 @@ class Step:
     """The requests of one step."""
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
-        self.single = [place for place, piece in enumerate(pieces) if piece.stop - piece.start == 1]
-        self.others = [place for place, piece in enumerate(pieces) if piece.stop - piece.start > 1]
         self.pieces = pieces
-        self._gathers: dict[int, _Gather] = {}
+        self._made: dict[int, _Ways] = {}
 
-    def gather(self, allocator: Any, read: Tensor, bounds: Tensor) -> _Gather:
-        """Where the keys of the single-token requests lie, made once for all layers of one kind."""
-        if allocator.index not in self._gathers:
-            self._gathers[allocator.index] = _Gather(self, read, bounds.tolist())
-        return self._gathers[allocator.index]
+    def ways(self, allocator: Any, read: Tensor, bounds: Tensor) -> _Ways:
+        """How each request is attended, found once for all layers of one kind."""
+        if allocator.index not in self._made:
+            self._made[allocator.index] = _Ways(self.pieces, read, bounds.tolist())
+        return self._made[allocator.index]
 
 
-class _Gather:
-    """Indices of keys ``[n, longest]`` of single-token requests, and which are theirs."""
+class _Ways:
+    """Requests by how they are attended, each with its rows in the batch and its keys in the cache.
 
-    def __init__(self, step: Step, read: Tensor, bounds: list[int]) -> None:
-        self.bounds, self.read = bounds, read
-        spans = [(bounds[place], bounds[place + 1]) for place in step.single]
-        self.longest = max((stop - start for start, stop in spans), default=0)
-        self.index = read.new_zeros(len(spans), self.longest)
-        for row, (start, stop) in enumerate(spans):
-            self.index[row, : stop - start] = read[start:stop]
-        lengths = torch.tensor([stop - start for start, stop in spans], device=read.device)
+    Attributes:
+        fresh: ``(rows, documents)`` of those without a past, whose keys are all in the batch.
+        single: those that add one token to a past.
+        others: ``(rows, places of the keys)`` of each of the rest.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], read: Tensor, bounds: list[int]) -> None:
+        fresh, single, self.others = [], [], []
+        for piece, start, stop in zip(pieces, bounds, bounds[1:], strict=False):
+            count = piece.stop - piece.start
+            if count == stop - start:
+                fresh.append(piece)
+            elif count == 1:
+                single.append((piece, read[start:stop]))
+            else:
+                self.others.append((slice(piece.start, piece.stop), read[start:stop]))
+        lengths = tuple(piece.stop - piece.start for piece in fresh)
+        self.fresh = (_rows(fresh, read), Documents(lengths)) if fresh else None
+        self.single = _Single(single, read) if single else None
+
+
+class _Single:
+    """Places of the keys ``[n, longest]`` of single-token requests, which of them are theirs, and their rows."""
+
+    def __init__(self, each: Sequence[tuple[Piece, Tensor]], read: Tensor) -> None:
+        self.rows = _rows([piece for piece, _ in each], read)
+        index = nn.utils.rnn.pad_sequence([places for _, places in each], batch_first=True)
+        lengths = torch.tensor([len(places) for _, places in each], device=read.device)
+        self.count, self.longest = index.shape
         here = torch.arange(self.longest, device=read.device) < lengths[:, None]
         self.mask = None if bool(here.all()) else here[:, None, None, :]
-        rows = [step.pieces[place].start for place in step.single]
-        first = rows[0] if rows else 0
-        self.rows: Any = torch.tensor(rows, device=read.device)
-        if rows == list(range(first, first + len(rows))):
-            self.rows = slice(first, first + len(rows))
-        self.index = self.index.flatten()
+        self.index = index.flatten()
+
+
+def _rows(pieces: Sequence[Piece], like: Tensor) -> Any:
+    """Rows of some requests: a slice where they are neighbours, else an index."""
+    if all(before.stop == after.start for before, after in itertools.pairwise(pieces)):
+        return slice(pieces[0].start, pieces[-1].stop)
+    return torch.cat([torch.arange(piece.start, piece.stop) for piece in pieces]).to(like.device)
 
 
 def paged(
@@ -82,43 +106,46 @@ def paged(
     cache, layer = kwargs["cache"], module.layer_idx
     allocator = cache.layer_to_allocator[layer]
     read, write = (kwargs[name][allocator.index] for name in ("read_index", "write_index"))
-    out = torch.empty_like(query)
-    if allocator.layer_type == "full_attention" and read.numel():
+    bounds = kwargs["cu_seq_lens_k"][allocator.layer_type]
+    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    if allocator.layer_type == "full_attention":
         keys, values = allocator._kv_token_views[layer]
         keys.index_copy_(0, write, key[0].transpose(0, 1))
         values.index_copy_(0, write, value[0].transpose(0, 1))
-        gather = step.gather(allocator, read, kwargs["cu_seq_lens_k"][allocator.layer_type])
-        if step.single:
-            out[:, :, gather.rows] = _single(query[:, :, gather.rows], keys, values, gather, scaling)
-        for place in step.others:
-            piece, start, stop = step.pieces[place], gather.bounds[place], gather.bounds[place + 1]
-            index = read[start:stop]
-            k, v = (x.index_select(0, index).transpose(0, 1)[None] for x in (keys, values))
-            rows = slice(piece.start, piece.stop)
-            out[:, :, rows] = _attended(query[:, :, rows], k, v, scaling, None)
+        ways = step.ways(allocator, read, bounds)
+        if ways.fresh:
+            rows, here = ways.fresh
+            with documents(here):
+                states = (x[:, :, rows] for x in (query, key, value))
+                out[:, rows] = attention(module, *states, None, scaling=scaling)[0]
+        if ways.single:
+            out[0, ways.single.rows] = _single(query[0, :, ways.single.rows], keys, values, ways.single, scaling)
+        for rows, places in ways.others:
+            k, v = (x.index_select(0, places).transpose(0, 1)[None] for x in (keys, values))
+            out[:, rows] = _attended(query[:, :, rows], k, v, scaling, None)
     else:
-        bounds = kwargs["cu_seq_lens_k"][allocator.layer_type].tolist()
         key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=kwargs)
         window = getattr(allocator, "sliding_window", None)
-        for piece, start, stop in zip(step.pieces, bounds, bounds[1:], strict=False):
+        ends = bounds.tolist()
+        for piece, start, stop in zip(step.pieces, ends, ends[1:], strict=False):
             rows = slice(piece.start, piece.stop)
             k, v = key[:, :, start:stop], value[:, :, start:stop]
-            out[:, :, rows] = _attended(query[:, :, rows], k, v, scaling, window)
-    return out.transpose(1, 2).contiguous(), None
+            out[:, rows] = _attended(query[:, :, rows], k, v, scaling, window)
+    return out, None
 
 
-def _single(q: Tensor, keys: Tensor, values: Tensor, gather: _Gather, scaling: float | None) -> Tensor:
-    """One query for each request, ``[1, heads, n, d]``: its heads are rows of the key head that they share."""
-    _, heads, n, d = q.shape
+def _single(q: Tensor, keys: Tensor, values: Tensor, each: _Single, scaling: float | None) -> Tensor:
+    """One query for each request, ``[heads, n, d]`` to ``[n, heads, d]``: heads are rows of the key head they share."""
+    heads, n, d = q.shape
     shared = keys.shape[1]
-    k, v = (x.index_select(0, gather.index).view(n, gather.longest, shared, -1).transpose(1, 2) for x in (keys, values))
-    q = q[0].transpose(0, 1).reshape(n, shared, heads // shared, d)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=gather.mask, scale=scaling)
-    return y.reshape(n, heads, -1).transpose(0, 1)
+    k, v = (x.index_select(0, each.index).view(n, each.longest, shared, -1).transpose(1, 2) for x in (keys, values))
+    q = q.transpose(0, 1).reshape(n, shared, heads // shared, d)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=each.mask, scale=scaling)
+    return y.reshape(n, heads, -1)
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    """Several queries of one request, the last of all its keys."""
+    """Several queries of one request, the last of all its keys: ``[1, heads, n, d]`` to ``[1, n, heads, d]``."""
     n, m = q.shape[2], k.shape[2]
     mask = None
     if n < m or (window is not None and window < m):
@@ -126,9 +153,10 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: in
         mask = ahead <= 0
         if window is not None:
             mask &= ahead > -window
-    return F.scaled_dot_product_attention(
+    y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and n > 1, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )
+    return y.transpose(1, 2)
 
 
 def register(model: nn.Module) -> None:

@@ -14,19 +14,21 @@ for tokens of the base, and with no adapter in the batch every layer runs as it 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorica import dora, weights
 from lorica.adapter import Adapter
 from lorica.errors import LoricaError, all_faults
-from lorica.kernels import mixed
+from lorica.kernels import few, mixed
 from lorica.serve.stack import Rows, Stack, Up
 from lorica.targets import candidates
 
@@ -61,12 +63,12 @@ class _Layer:
         self.path, self.module, self.index = path, module, index
         self.out, self.into = kind.shape(module)
         self.group = _Group(index)
+        self.kind = kind
+        self.own: Tensor | None = None  # the base's weight, while the module has another
 
     def gain(self, A: Tensor, B: Tensor, m: Tensor, scale: float) -> Tensor:
         """DoRA's ``m / ||W + scale B A||`` of this layer ``[out]``."""
-        kind = weights.storage(self.module)
-        assert kind is not None
-        W = kind.read(self.module)
+        W = self.kind.read(self.module) if self.own is None else self.kind.stored(self.own.float())
         return dora.gain(m, dora.norms(W, A.to(W.device), B.to(W.device), scale).to(m.device))
 
 
@@ -95,6 +97,10 @@ class Layers:
         self.head = next((layer.index for layer in self.layers if layer.module is head), None)
         self.work: list[Any] = [None] * len(self.layers)
         self.masked = bool(self.model.device.type == "cuda")  # few calls count there, arithmetic does not
+        self.tokens: Counter[Rows | None] | None = None  # of each adapter, where somebody counts them
+        self.merged: Rows | None = None
+        self._minus: Rows | None = None
+        self._weights = threading.Lock()
         self._stacks: dict[tuple, Stack] = {}
         self._last: tuple[Any, Plan] | None = None
         self._join()
@@ -135,9 +141,11 @@ class Layers:
     def _forward(self, layer: _Layer) -> Any:
         module: Any = layer.module
         base, index, group, into, out = type(module).forward, layer.index, layer.group, layer.into, layer.out
+        most = few.MOST * into if base is nn.Linear.forward and few.fits(module.weight) else 0
 
         def forward(x: Tensor) -> Tensor:
-            y = base(module, x)
+            direct = into < x.numel() <= most
+            y = few.linear(x, module.weight, module.bias) if direct else base(module, x)
             work = self.work[index]
             if work is None:
                 return y
@@ -152,16 +160,19 @@ class Layers:
             if group.x is not x:
                 group.x = x
                 group.products = [
-                    mixed.stacked_down(rows[a:b], A) if A.ndim == 3 else torch.mm(rows[a:b], A.T) for a, b, A in downs
+                    mixed.stacked_down(_cut(rows, a, b), A) if A.ndim == 3 else F.linear(_cut(rows, a, b), A)
+                    for a, b, A in downs
                 ]
             for place, a, b, (lo, hi, B, gain) in ups:
-                s = group.products[place]
+                s, part = group.products[place], _cut(flat, a, b)
                 if gain is not None:
-                    mixed.gained(flat[a:b], gain, module.bias)
+                    mixed.gained(part, gain, module.bias)
+                if s.shape[-1] != hi - lo:
+                    s = s[..., lo:hi]
                 if B.ndim == 3:
-                    mixed.stacked_up(flat[a:b], s[:, :, lo:hi], B)
+                    mixed.stacked_up(part, s, B)
                 else:
-                    mixed.segment(flat[a:b], s[:, lo:hi], B)
+                    mixed.segment(part, s, B)
             if last:
                 group.clear()
             return y
@@ -171,26 +182,57 @@ class Layers:
     def plan(self, parts: Sequence[Part], kept: Sequence[bool] | None = None) -> Plan:
         """What to do for a batch. `kept`: which parts the head sees, with their last row; default: all rows.
 
-        Parts of one adapter become neighbours, those of the base come last.
+        Parts of one adapter become neighbours; after them come those of the base, then those of the merged adapter.
         """
+        if self.tokens is not None:
+            for rows, count in parts:
+                self.tokens[rows] += count
         key = (tuple(parts), tuple(kept or ()))
         if self._last and self._last[0] == key:
             return self._last[1]
         totals: Counter[Rows] = Counter()
         for rows, count in parts:
-            if rows is not None:
+            if rows is not None and rows is not self.merged:
                 totals[rows] += count
-        few = self.masked and len(totals) > 1 and totals.total() <= _FEW
+        few = self.masked and self.merged is None and len(totals) > 1 and totals.total() <= _FEW
         runs = [([rows], None) for rows in totals] if few else self._runs(totals)
-        turn = {rows: place for place, rows in enumerate(rows for run, _ in runs for rows in run)}
-        order = sorted(range(len(parts)), key=lambda i: turn.get(parts[i][0], len(turn)))  # type: ignore[arg-type]
-        work = self._masked(totals) if few else self._work(runs, totals)
+        turn: dict[Rows | None, int] = {rows: place for place, rows in enumerate(r for run, _ in runs for r in run)}
+        turn |= {None: len(turn), self.merged: len(turn) + (self.merged is not None)}
+        order = sorted(range(len(parts)), key=lambda i: turn[parts[i][0]])
+
+        def work_of(counts: Counter[Rows], whole: Sequence[int]) -> list[Any]:
+            if few:
+                return self._masked(counts)
+            others = sum(count for (rows, _), count in zip(parts, whole, strict=True) if rows is not self.merged)
+            return self._work(runs, counts, others)
+
+        work = work_of(totals, [count for _, count in parts])
         if kept is not None and self.head is not None and work[self.head]:
             last = Counter(rows for (rows, _), keep in zip(parts, kept, strict=True) if keep)
-            seen = Counter({rows: last[rows] for rows in totals})
-            work[self.head] = (self._masked(seen) if few else self._work(runs, seen))[self.head]
+            work[self.head] = work_of(Counter({rows: last[rows] for rows in totals}), kept)[self.head]
         self._last = (key, Plan(order, work))
         return self._last[1]
+
+    def merge(self, rows: Rows, changed: Mapping[int, Tensor]) -> None:
+        """Let the base's weights hold an adapter's update: `changed`, by layer. All other tokens have it subtracted.
+
+        Between two steps only; see `dominant`.
+        """
+        self.idle()
+        with self._weights:
+            for index, weight in changed.items():
+                layer = self.layers[index]
+                layer.own, layer.module.weight.data = layer.module.weight.data, weight  # type: ignore[union-attr]
+        self.merged, self._minus = rows, rows.negated()
+
+    def unmerge(self) -> None:
+        """Put the base's own weights back."""
+        self.idle()
+        with self._weights:
+            for layer in self.layers:
+                if layer.own is not None:
+                    layer.module.weight.data, layer.own = layer.own, None  # type: ignore[union-attr]
+        self.merged = self._minus = None
 
     def _runs(self, totals: Counter[Rows]) -> list[tuple[list[Rows], Stack | None]]:
         """Adapters in the order of their tokens: those of one shape that have one token each in a stack, by slot."""
@@ -231,8 +273,8 @@ class Layers:
             work.append(_Masked(len(owners), A, B, masks[ranks], gain))
         return work
 
-    def _work(self, runs: Sequence[tuple[list[Rows], Stack | None]], counts: Counter[Rows]) -> list[Any]:
-        """By layer ``(downs, ups, last)``.
+    def _work(self, runs: Sequence[tuple[list[Rows], Stack | None]], counts: Counter[Rows], others: int) -> list[Any]:
+        """By layer ``(downs, ups, last)``; the first `others` tokens are not of the merged adapter.
 
         A down is ``(start, stop, A)``; an up is ``(place in downs, start, stop, Up)``; `last` says that no other layer
         of the group reads the products.
@@ -240,19 +282,25 @@ class Layers:
         downs: dict[int, list[Any]] = {}
         ups: dict[int, list[Any]] = {}
         start = 0
+
+        def add(source: Rows | Stack, start: int, stop: int, count: int | None = None) -> None:
+            places = {}
+            for group, A in source.downs.items():
+                places[group] = len(downs.setdefault(group, []))
+                downs[group].append((start, stop, A[:count]))
+            for layer, up in source.ups.items():
+                place = places[self.layers[layer].group.index]
+                ups.setdefault(layer, []).append((place, start, stop, up if count is None else up.sliced(count)))
+
+        if self._minus and others:
+            add(self._minus, 0, others)  # first, since what DoRA scales is the base's output
         for run, stack in runs:
             # A head sees some of a stack's tokens only; then each goes by itself.
             whole = stack is not None and all(counts[rows] for rows in run)
             for source in [stack] if whole else run:
                 stop = start + (len(run) if whole else counts[source])  # type: ignore[index]
                 if stop > start:
-                    places = {}
-                    for group, A in source.downs.items():  # type: ignore[union-attr]
-                        places[group] = len(downs.setdefault(group, []))
-                        downs[group].append((start, stop, A[: len(run)] if whole else A))
-                    for layer, up in source.ups.items():  # type: ignore[union-attr]
-                        place = places[self.layers[layer].group.index]
-                        ups.setdefault(layer, []).append((place, start, stop, up.sliced(len(run)) if whole else up))
+                    add(source, start, stop, len(run) if whole else None)  # type: ignore[arg-type]
                 start = stop
         last = {
             self.layers[index].group.index: index for index in sorted(ups, key=lambda index: self._called.get(index, 0))
@@ -297,7 +345,8 @@ class Layers:
             whole = B.new_zeros(A.shape[0], layer.out)
             whole[:, rows[0] : rows[1]] = B.T * scale
             if m is not None:
-                gains[layer.index] = gain = layer.gain(A, B, m, scale)
+                with self._weights:
+                    gains[layer.index] = gain = layer.gain(A, B, m, scale)
                 whole *= gain
             found.setdefault(layer.index, []).append((A, whole))
         faults += [f"{key}: trained beside the low-rank updates, so it is served merged only" for key in tensors]
@@ -323,6 +372,11 @@ class Layers:
         shape = tuple((index, up.hi - up.lo, up.gain is not None) for index, up in ups.items())
         nbytes = sum(tensor.nbytes for tensor in kept if tensor is not None)
         return Rows(downs, ups, shape, max(r for _, r, _ in shape), nbytes)
+
+
+def _cut(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Some rows; a view takes as long as a small product, so none is made of all."""
+    return tensor if stop - start == len(tensor) else tensor[start:stop]
 
 
 def _fits(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -39,6 +39,10 @@ class Rows:
     shape: tuple[tuple[int, int, bool], ...]
     rank: int
     nbytes: int
+
+    def negated(self) -> Rows:
+        """The same with the opposite sign, without DoRA's gains."""
+        return replace(self, ups={layer: up._replace(B=-up.B, gain=None) for layer, up in self.ups.items()})
 
 
 class Stack:

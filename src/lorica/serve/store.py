@@ -108,6 +108,12 @@ class Store:
                 return self._leased(alias.generation)
             return self._leased(self._wanted(alias.name if alias else name))
 
+    def holding(self, payload: Payload) -> Lease | None:
+        """A lease on the generation with this payload; None where it has gone, or is on its way."""
+        with self.changed:
+            found = [each for each in self._alive if each.payload is payload and not each.retired]
+            return self._leased(found[0]) if found else None
+
     def prefetch(self, name: str) -> None:
         """Begin to load what will be asked for soon."""
         with self.changed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from lorica.evaluate import stop_ids
 from lorica.models.wheels import Progress
 from lorica.serve import open_engine
 from lorica.serve.admission import Limits
+from lorica.serve.dominant import Dominant
 from lorica.serve.engine import EngineSettings
 from lorica.serve.http.service import Service, ServiceSettings
 from lorica.serve.keys import Keys
@@ -106,11 +107,13 @@ def opened(
     root: Path | None = None,
     hub: Sequence[str] = (),
     keys: Keys | None = None,
+    merging: Callable[[str], None] | None = None,
     progress: Progress | None = None,
     **how: str,
 ) -> Iterator[Opened]:
     """A running engine with its adapters, until the block ends. `how`: dtype, device and quantize of `models.load`.
 
+    With `merging`, which is told of it, the adapter that most tokens are for is merged.
     The adapters that were named are loaded first: LoricaError, with all that cannot be.
     """
     model, tok = models.load(thing.base, progress=progress, **how)
@@ -138,10 +141,11 @@ def opened(
                 page=engine_settings.page,
             )
             service = Service(engine, store, tok, settings, limits, keys=keys)
-            try:
+            with contextlib.ExitStack() as closing:
+                closing.callback(service.close)
+                if merging:
+                    closing.callback(Dominant(engine, layers, store, merging).close)
                 yield Opened(service, about, str(model.device), each, note)
-            finally:
-                service.close()
         finally:
             engine.stop()
 
