@@ -116,8 +116,8 @@ def paged(
         if ways.fresh:
             rows, here = ways.fresh
             with documents(here):
-                states = (x[:, :, rows] for x in (query, key, value))
-                out[:, rows] = attention(module, *states, None, scaling=scaling)[0]
+                q, k, v = (x[:, :, rows] for x in (query, key, value))
+                out[:, rows] = attention(module, q, k, v, None, scaling=scaling)[0]
         if ways.single:
             out[0, ways.single.rows] = _single(query[0, :, ways.single.rows], keys, values, ways.single, scaling)
         for rows, places in ways.others:

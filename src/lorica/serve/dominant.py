@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -150,7 +151,7 @@ class Dominant:
     def _unfit(self, rows: Rows) -> str | None:
         model = self.layers.model
         layers = [self.layers.layers[index] for index in rows.ups]
-        parameters = [layer.module.weight for layer in layers]
+        parameters = [layer.module.get_parameter("weight") for layer in layers]
         owners = Counter(id(each) for module in model.modules() for each in module._parameters.values())
         if any(up.gain is not None for up in rows.ups.values()):
             return "with DoRA the difference to another adapter has no low rank"
@@ -166,7 +167,7 @@ class Dominant:
     @torch.no_grad()
     def _logits(self, rows: Rows) -> Tensor:
         """What the model gives on random tokens under an adapter, as the weights are now."""
-        model = self.layers.model
+        model: Any = self.layers.model
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(model.config.get_text_config().vocab_size, (1, _PROBE), generator=generator)
         self.layers.work = self.layers.plan([(rows, _PROBE)]).work

@@ -221,8 +221,8 @@ class Layers:
         self.idle()
         with self._weights:
             for index, weight in changed.items():
-                layer = self.layers[index]
-                layer.own, layer.module.weight.data = layer.module.weight.data, weight  # type: ignore[union-attr]
+                parameter: Any = self.layers[index].module.weight
+                self.layers[index].own, parameter.data = parameter.data, weight
         self.merged, self._minus = rows, rows.negated()
 
     def unmerge(self) -> None:
@@ -231,7 +231,8 @@ class Layers:
         with self._weights:
             for layer in self.layers:
                 if layer.own is not None:
-                    layer.module.weight.data, layer.own = layer.own, None  # type: ignore[union-attr]
+                    parameter: Any = layer.module.weight
+                    parameter.data, layer.own = layer.own, None
         self.merged = self._minus = None
 
     def _runs(self, totals: Counter[Rows]) -> list[tuple[list[Rows], Stack | None]]:
