@@ -1,4 +1,4 @@
-"""Render the results that `bench/*.py --json` left in bench/results into docs/bench.md, and their ratios into README.
+"""Render the results that `bench/*.py --json` left in bench/results into docs/bench.md, README and the variants' page.
 
 python bench/train.py --json > bench/results/train-e2e.json
 python bench/render.py
@@ -16,11 +16,13 @@ from measure import judged
 HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "bench.md"
 README = HERE.parent / "README.md"
+VARIANTS = HERE.parent / "docs" / "methods-variants.md"
+DIGITS = {"nats": 3}  # of a number in this unit; else 1, and of a ratio 2
 UNITS = {"train": "tok/s", "many": "tok/s", "plan": "GB", "classify": "%", "variants": "nats"}
 
 
 def main() -> None:
-    """Write one section per file of results, and README's table."""
+    """Write one section per file of results, README's table, and that of the variants."""
     reports = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
     parts = [
         "# Measurements",
@@ -32,9 +34,31 @@ def main() -> None:
         parts += section(report)
     OUT.write_text("\n".join(parts).rstrip() + "\n")
     if headline := reports.get("train-e2e"):
-        block = "\n".join(["<!-- bench -->", *short(headline), "<!-- /bench -->"])
-        text = README.read_text()
-        README.write_text(re.sub("<!-- bench -->.*<!-- /bench -->", lambda _: block, text, flags=re.DOTALL))
+        put(README, "bench", short(headline))
+    if compared := reports.get("variants"):
+        put(VARIANTS, "variants", rates(compared))
+
+
+def put(page: Path, name: str, lines: list[str]) -> None:
+    """Write lines between the marks of a block of a page."""
+    block = "\n".join([f"<!-- {name} -->", *lines, f"<!-- /{name} -->"])
+    page.write_text(re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _: block, page.read_text(), flags=re.DOTALL))
+
+
+def rates(report: dict[str, Any]) -> list[str]:
+    """The variants' losses at each rate with the first seed, and at their best one with all, beside LoRA's."""
+    settings, results = report["settings"], report["results"]
+    factors, mean = settings["factors"], results["lora"]["mean"]
+    head = ["variant", "default rate", *(f"{factor:g} times" for factor in factors), "best, all seeds", "less LoRA"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, row in results.items():
+        losses = [f"{row['losses'][f'{factor:.2g} seed 0']:.3f}" for factor in factors]
+        best = f"{row['mean']:.3f} ({row['min']:.3f} to {row['max']:.3f})"
+        cells = [name, f"{row['default_lr']:.2g}", *losses, best, f"{row['mean'] - mean:+.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    about = f"{settings['model']}, {settings['steps']} updates of {settings['batch']} E2E rows, r={settings['r']}, "
+    about += f"nats per token on {settings['held']} held-out rows, {settings['seeds']} seeds; the base "
+    return [*lines, "", f"{about}{results['lora']['base']:.3f}. {report['machine']['date']}."]
 
 
 def short(report: dict[str, Any]) -> list[str]:
@@ -59,6 +83,7 @@ def section(report: dict[str, Any]) -> list[str]:
     """Heading, machine, contenders and ratios of one report."""
     machine = report["machine"]
     unit = UNITS[report["bench"].split()[0]]
+    digits, finer = DIGITS.get(unit, 1), DIGITS.get(unit, 2)
     libraries = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
         f"## {report['bench']}",
@@ -73,12 +98,12 @@ def section(report: dict[str, Any]) -> list[str]:
             lines.append(f"| {name} | skipped: {row['skipped']} | | | |")
             continue
         memory = f"{row['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in row else ""
-        span = f"{row['min']:.1f} to {row['max']:.1f}"
-        lines.append(f"| {name} | {row['median']:.1f} | {span} | {row['repeats']} | {memory} |")
+        span = f"{row['min']:.{digits}f} to {row['max']:.{digits}f}"
+        lines.append(f"| {name} | {row['median']:.{digits}f} | {span} | {row['repeats']} | {memory} |")
     lines += ["", "| ratio | measured | target | |", "|---|---|---|---|"]
     targets = {name: tuple(target) for name, target in report["targets"].items()}
     for name, ratio, target, good in judged(report["ratios"], targets):
-        lines.append(f"| {name} | {ratio:.2f} | {target} | {'reached' if good else 'short'} |")
+        lines.append(f"| {name} | {ratio:.{finer}f} | {target} | {'reached' if good else 'short'} |")
     return [*lines, ""]
 
 

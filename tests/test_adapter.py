@@ -320,6 +320,44 @@ def test_a_rank_that_is_not_the_config_s_is_refused_since_the_scale_would_be_ano
         Adapter.load(tmp_path / "a")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_of_a_resized_vocabulary_brings_its_tables(tied, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def base(tokens=None):
+        model = llama(tied=tied)
+        if tokens:
+            torch.manual_seed(tokens)
+            model.resize_token_embeddings(tokens, mean_resizing=False)
+        return model
+
+    theirs = peft.get_peft_model(base(70), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    theirs.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=True)
+    ids = {"input_ids": torch.tensor([[3, 66, 5, 69]])}
+    wanted = theirs(**ids).logits
+    adapter = Adapter.load(tmp_path / "theirs")
+    with pytest.raises(
+        LoricaError, match=r"resized to 70 tokens, .* has 64: model.resize_token_embeddings\(70\) first"
+    ):
+        adapter.apply(base())
+    model = base()
+    torch.manual_seed(5)
+    model.resize_token_embeddings(70, mean_resizing=False)  # its new rows are others
+    before = model(**ids).logits
+    adapter.apply(model)
+    assert torch.equal(model(**ids).logits, wanted)
+    with lorica.disabled(model):
+        assert torch.equal(model(**ids).logits, before)
+    Adapter.of(model).save(tmp_path / "ours")
+    again = base(70)
+    Adapter.load(tmp_path / "ours").apply(again)
+    assert torch.equal(again(**ids).logits, wanted)
+    lorica.merge(model)
+    assert close(model(**ids).logits, wanted)
+    lorica.eject(model)
+    assert torch.equal(model(**ids).logits, before)
+
+
 def test_the_base_embedding_that_peft_adds_is_passed_over_if_it_is_the_base_s(tmp_path):
     Adapter.of(trained(lambda: llama(tied=False), LoRA(r=2), "embed_tokens")).save(tmp_path / "a")
     table = llama(tied=False).model.embed_tokens.weight.detach().clone()

@@ -78,3 +78,18 @@ def test_a_variant_is_judged_by_its_time_and_reported_at_its_best_rate():
     assert found["results"]["lora"]["median"] == pytest.approx(1.6) and found["results"]["lora"]["repeats"] == 2
     assert found["results"]["pissa"] == {"skipped": "no"}
     assert set(found) >= {"settings", "machine", "results", "ratios", "targets", "floor"}
+
+
+def test_a_variant_is_shown_beside_lora_at_the_best_rate_of_each():
+    from render import rates
+
+    losses = {"0.33 seed 0": 1.5, "1 seed 0": 1.2, "3 seed 0": 1.3, "1 seed 1": 1.4}
+    row = {"mean": 1.3, "min": 1.2, "max": 1.4, "default_lr": 1e-3, "losses": losses, "base": 3.0}
+    settings = {"factors": [0.33, 1.0, 3.0], "model": "m", "steps": 2, "batch": 4, "r": 8, "held": 3, "seeds": 2}
+    results = {"lora": row, "dora": row | {"mean": 1.25}}
+    lines = rates({"settings": settings, "results": results, "machine": {"date": "2026-11-25"}})
+    assert lines[0] == ("| variant | default rate | 0.33 times | 1 times | 3 times | best, all seeds | less LoRA |")
+    assert lines[3] == "| dora | 0.001 | 1.500 | 1.200 | 1.300 | 1.250 (1.200 to 1.400) | -0.050 |"
+    assert lines[-1].startswith(
+        "m, 2 updates of 4 E2E rows, r=8, nats per token on 3 held-out rows, 2 seeds; the base 3"
+    )

@@ -21,7 +21,7 @@ LAYERS = [
     {"lowrank"},
     {"state"},
     {"merging"},
-    {"patch", "fast"},
+    {"patch", "fast", "resized"},
     {"methods"},
     {"formats"},
     {"beside"},

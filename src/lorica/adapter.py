@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica import algebra, beside, doors, formats, patch, weights
+from lorica import algebra, beside, doors, formats, patch, resized, weights
 from lorica.errors import LoricaError, all_faults
 from lorica.formats import Contents, mlx, pair
 from lorica.lowrank import LoRA
@@ -107,7 +107,9 @@ class Adapter:
         again = getattr(self.method, "init", "") == "loftq"
         method = dataclasses.replace(self.method, init="kaiming") if again else self.method
         also = [key for key in head_parameters(model) if key in self.tensors]
-        patched = patch.inject(model, method, targets, name, also)
+        tables, resized_faults = resized.tables(model, self.tensors, [target.path for target in targets])
+        patched = patch.inject(model, method, targets, name, [*also, *tables])
+        faults += resized_faults
         own = patch.trainable(model, name)
         faults += [f"missing  {key}" for key in own if key not in self.tensors]
         faults += [
@@ -120,7 +122,7 @@ class Adapter:
         faults += [
             f"extra    {key}"
             for key, tensor in self.tensors.items()
-            if key not in own and _path(key) not in told and not _repeats(base.get(key), tensor)
+            if key not in own and _path(key) not in told and not _repeats(base.get(key), tensor) and key not in tables
         ]
         if faults:
             patch.eject(model, name)

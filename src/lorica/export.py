@@ -102,21 +102,22 @@ def open_adapter(
     base: str = "",
     alpha: float | None = None,
     slots: dict[str, list[str]] | None = None,
+    kernels: dict[str, int] | None = None,
 ) -> Adapter:
     """Read an adapter, or the best one of a run, with the facts that its file may lack.
 
     Args:
         kind: `auto`, or one of `peft`, `loralib`, `gguf`, `mlx`; naming `loralib` also opens its pickles.
         base: of a GGUF adapter that lorica did not write; remembered as the base of any adapter that names none.
-        alpha, slots: of loralib's layers (see `formats.loralib.read`).
+        alpha, slots, kernels: of loralib's layers (see `formats.loralib.read`).
     """
     path = doors.place(source)
     path = next((each for each in (path / "best", path / "last") if each.is_dir()), path)
     kind = kind if kind != "auto" else (formats.recognise(path) if path.exists() else None) or "auto"
-    if kind != "loralib" and (alpha is not None or slots):
-        raise LoricaError(f"--alpha and --slots are for loralib's files, and {source} is not read as one")
+    if kind != "loralib" and (alpha is not None or slots or kernels):
+        raise LoricaError(f"--alpha, --slots and --kernels are for loralib's files, and {source} is not read as one")
     if kind == "loralib":
-        contents = loralib.read(path, alpha, slots, pickled=True)
+        contents = loralib.read(path, alpha, slots, pickled=True, kernels=kernels)
     elif kind == "gguf":
         contents = gguf.read(formats.find(path), config_of(base) if base else None)
     elif kind == "mlx":

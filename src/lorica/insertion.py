@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from lorica import patch
-from lorica.data import Example
+from lorica.data import LabelledExample
 from lorica.errors import LoricaError
 from lorica.targets import input_embedding
 
@@ -48,11 +48,13 @@ class Insertion:
         infix = range(middle, middle + self.infix)
         return [*ids[: self.kept], *range(self.first, middle), *ids[self.kept :], *infix]
 
-    def examples(self, example: Example) -> list[Example]:
+    def examples(self, example: Any) -> list[Any]:
         """An example to learn from. With an infix, one for each answer in it: as the model will meet it.
 
         LoricaError where an infix has no place, because the example is learnt from its beginning.
         """
+        if isinstance(example, LabelledExample):
+            return [replace(example, ids=self.prompt(example.ids), segments=self._segments(example.segments))]
         if not self.infix:
             loss = [*example.loss[: self.kept], *[False] * self.prefix, *example.loss[self.kept :]]
             return [replace(example, ids=self.prompt(example.ids), loss=loss)]
@@ -68,6 +70,11 @@ class Insertion:
             found.append(replace(example, ids=prompt + answer, loss=loss))
         return found
 
+    def _segments(self, numbers: list[int]) -> list[int]:
+        """Those of `prompt`: special tokens are of the text that they stand beside."""
+        before, after = numbers[:1] * self.prefix, numbers[-1:] * self.infix
+        return [*numbers[: self.kept], *before, *numbers[self.kept :], *after]
+
 
 def insertion(model: nn.Module) -> Insertion | None:
     """What the active adapter inserts; None for nothing."""
@@ -79,8 +86,8 @@ def insertion(model: nn.Module) -> Insertion | None:
     return Insertion(input_embedding(model).num_embeddings, prefix, infix, kept=0 if _causal(model) else 1)  # type: ignore
 
 
-def edited(model: nn.Module, examples: Sequence[Example]) -> list[list[Example]]:
-    """Each example as the active adapter is to read it; usually one, see `Insertion.examples`.
+def edited(model: nn.Module, examples: Sequence[Any]) -> list[list[Any]]:
+    """Each example, labelled or not, as the active adapter is to read it; usually one, see `Insertion.examples`.
 
     LoricaError for those that are longer than the table of the model's positions.
     """

@@ -202,7 +202,8 @@ KINDS: dict[str, Kind] = {
     ),
     "mlx config": Kind(lambda p: mlx.write(p, _contents()) and None, mlx.CONFIG, _json, adapter_folder, 6),
     "mlx tensors": Kind(
-        lambda p: mlx.write(p, _contents()) and None, mlx.TENSORS, mutations.safetensors, adapter_folder, 8
+        lambda p: mlx.write(p, _contents(method=LoRA(r=2, alpha=4, dora=True))) and None,
+        mlx.TENSORS, mutations.safetensors, adapter_folder, 8,
     ),
     "gguf adapter": Kind(
         lambda p: gguf.write(p / "a.gguf", _contents(), CONFIG) and None,

@@ -8,7 +8,10 @@ import json
 import pytest
 
 import classifiers
+import lorica
 from lorica.cli.main import main
+from lorica.models import open_thing
+from lorica.tasks import task_of
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,33 @@ def test_merge_gives_a_classifier_that_opens_by_itself(made, capsys, tmp_path):
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert config["id2label"] == {"0": "negative", "1": "positive"}
+
+
+def test_a_head_that_the_checkpoint_brought_is_met_again_by_the_file_of_its_run(made, capsys, tmp_path):
+    three = ("negative", "neutral", "positive")  # the rows have two of them
+    model, tok = lorica.load(made / "model", labels=three)
+    lorica.models.draw_head(model, 7)
+    model.save_pretrained(tmp_path / "model")
+    tok.save_pretrained(tmp_path / "model")
+    short = ["--steps", "2", "-r", "2", "-q", "--json"]
+    words = ["train", tmp_path / "model", made / "said.jsonl", *short, "-o", tmp_path / "first"]
+    first = json.loads(said(capsys, *words).out)
+    again = ["train", "-c", tmp_path / "first" / "run.toml", "-o", tmp_path / "second", "-q", "--json"]
+    assert json.loads(said(capsys, *again).out)["adapter_sha256"] == first["adapter_sha256"]
+    words = [
+        "train",
+        made / "model",
+        made / "test.jsonl",
+        "--from",
+        tmp_path / "first",
+        *short,
+        "-o",
+        tmp_path / "third",
+    ]
+    third = json.loads(said(capsys, *words).out)
+    again = ["train", "-c", tmp_path / "third" / "run.toml", "-o", tmp_path / "fourth", "-q", "--json"]
+    assert json.loads(said(capsys, *again).out)["adapter_sha256"] == third["adapter_sha256"]
+    assert list(task_of(open_thing(tmp_path / "fourth").model).labels) == list(three)
 
 
 def test_a_sweep_of_classifiers_is_refused_at_once(made, capsys):

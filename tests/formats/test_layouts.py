@@ -191,9 +191,50 @@ def test_an_mlx_folder_with_strange_tensors_or_settings_is_refused(bases, tmp_pa
     ):
         assert said in str(raised.value)
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"fine_tune_type": "dora"}))
-    with pytest.raises(LoricaError, match="fine_tune_type is 'dora'"):
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"fine_tune_type": "full"}))
+    with pytest.raises(LoricaError, match="fine_tune_type is 'full'"):
         Adapter.load(folder)
+
+
+@pytest.mark.parametrize("method", [LoRA(r=4, alpha=8, dora=True), LoRA(r=2, dora=True, ranks={"q_proj": 4})])
+def test_mlx_keeps_the_magnitudes_of_dora_and_gives_what_we_give(method, bases, tmp_path):
+    made = trained("llama", method, "q_proj, down_proj", base=str(bases / "llama"))
+    folder = export(made, "mlx", tmp_path / "a").path
+    found = load_file(folder / "adapters.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["fine_tune_type"] == "dora"
+    scale, model = config["lora_parameters"]["scale"], MAKE["llama"]()
+    layer, q = model.get_submodule("model.layers.0.self_attn.q_proj"), "model.layers.0.self_attn.q_proj"
+    a, b, m = (found[f"{q}.{part}"] for part in ("lora_a", "lora_b", "m"))
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    # As mlx-lm's DoRALinear computes it, from its own file.
+    theirs = m / torch.linalg.norm(layer.weight + scale * b.T @ a.T, dim=1) * (layer(x) + scale * (x @ a) @ b)
+    Adapter.load(folder).apply(model)
+    assert close(layer(x), theirs)
+    ours = MAKE["llama"]()
+    made.apply(ours)
+    assert close(ours.get_submodule(q)(x), theirs)
+
+
+def test_mlx_refuses_magnitudes_that_mean_something_else_there(bases, tmp_path):
+    made = trained("untied", LoRA(r=2, dora=True), "embed_tokens, q_proj", base=str(bases / "untied"))
+    with pytest.raises(LoricaError, match="embed_tokens: mlx-lm keeps a magnitude for each token"):
+        export(made, "mlx", tmp_path / "a")
+    made = trained("llama", LoRA(r=2, dora=True), "q_proj", base=str(bases / "llama"))
+    folder = export(made, "mlx", tmp_path / "b").path
+    found = load_file(folder / "adapters.safetensors")
+    found["model.layers.0.self_attn.q_proj.m"] = torch.ones(7)
+    del found["model.layers.1.self_attn.q_proj.m"]
+    found |= {f"model.embed_tokens.{part}": torch.ones(2, 2) for part in ("lora_a", "lora_b")}
+    save_file(found | {"model.embed_tokens.m": torch.ones(2)}, folder / "adapters.safetensors")
+    with pytest.raises(LoricaError) as raised:
+        Adapter.load(folder)
+    for said in (
+        "shape       model.layers.0.self_attn.q_proj.m: (7,) for 32 outputs",
+        "missing     model.layers.1.self_attn.q_proj.m",
+        "unexpected  model.embed_tokens.m: mlx-lm keeps a magnitude for each token",
+    ):
+        assert said in str(raised.value)
 
 
 def test_vllm_finds_one_rank_one_alpha_and_no_pattern(tmp_path):

@@ -135,12 +135,41 @@ def test_every_fault_of_a_file_is_in_one_error(tmp_path):
         "give it with --alpha",
         "missing  a.lora_B",
         "shape    b:",
-        "conv is a convolution",
+        "conv.weight is of the base: keep only what is trained",
+        "say its kernel: --kernels conv=3",
         "whole.weight is of the base",
         "0.attn.c_attn is a fused layer with 2 slots in use: say which, as in --slots c_attn=q,-,v",
         "1.attn.c_attn has 2 slots in use",
     ):
         assert said in str(raised.value), said
+
+
+@pytest.mark.parametrize(("into", "out", "k", "r"), [(3, 4, 3, 2), (5, 2, 2, 1), (4, 6, 1, 3)])
+def test_a_convolution_is_read_as_loralib_computes_it(into, out, k, r, tmp_path):
+    torch.manual_seed(0)
+    state = {"net.conv.lora_A": torch.randn(r * k, into * k), "net.conv.lora_B": torch.randn(out * k, r * k)}
+    save_file(state, tmp_path / "a.safetensors")
+    read = open_adapter(tmp_path / "a.safetensors", alpha=8, kernels={"conv": k})
+    layer = torch.nn.Conv2d(into, out, k)
+    # What loralib's ConvLoRA adds to its weight.
+    delta = (state["net.conv.lora_B"] @ state["net.conv.lora_A"]).view(layer.weight.shape) * 8 / r
+    x = torch.randn(2, into, 7, 7)
+    with torch.no_grad():
+        wanted = F.conv2d(x, layer.weight + delta, layer.bias)
+        model = torch.nn.ModuleDict({"net": torch.nn.ModuleDict({"conv": layer})})
+        read.apply(model)
+        assert close(layer(x), wanted)
+    again = Adapter.load(export(read, "peft", tmp_path / "b").path)
+    assert again.sha256 == read.sha256
+    small = read.truncate(energy=1.0)
+    assert close(deltas(small)["net.conv"], deltas(read)["net.conv"])
+
+
+def test_a_kernel_that_does_not_fit_is_a_fault(tmp_path):
+    state = {"conv.lora_A": torch.ones(4, 6), "conv.lora_B": torch.ones(9, 4)}
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(LoricaError, match=r"(?s)--kernels other: no such layer.*shape    conv: .* with a kernel of 3"):
+        loralib.read(tmp_path / "a.safetensors", 16, kernels={"conv": 3, "other": 3})
 
 
 def test_a_state_dict_without_updates_is_none_of_loralib_s(tmp_path):

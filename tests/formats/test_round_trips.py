@@ -199,3 +199,14 @@ def test_a_pattern_is_for_its_layer_alone_whatever_the_names():
     }  # fmt: skip
     method = method_of(wanted)
     assert {path: (method.rank_of(path), method.scale_of(path)) for path in wanted} == wanted
+
+
+@pytest.mark.parametrize("targets", ["wte, c_attn, mlp.c_proj", "wte, c_attn[q,v]"])
+def test_what_is_read_is_written_again_byte_for_byte(targets, tmp_path):
+    made = trained("gpt2", LoRA(r=2), targets)
+    made.save(tmp_path / "a")
+    read = Adapter.load(tmp_path / "a")
+    assert [target.storage for target in read.targets] == [target.storage for target in made.targets]
+    read.save(tmp_path / "b")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()

@@ -25,24 +25,31 @@ STORAGES = {
     "int8": packed("int8"),
 }
 GIVEN = {"bitfit": {"add_biases": True}}
-# The methods of special tokens start elsewhere than at the base: docs/prefix.md.
-SHOWN = {name: entry for name, entry in METHODS.items() if entry.neutral}
+PAGES = {
+    "lowrank": "methods-variants.md",
+    "methods.selections": "methods-selections.md",
+    "methods.adapters": "methods-adapters.md",
+    "methods.prefix": "methods-prefix.md",
+}
 
 
 def tried(make, name: str) -> str:
+    law = laws.step_zero_is_the_base if METHODS[name].neutral else laws.inject_and_eject_are_inverse
     try:
-        laws.step_zero_is_the_base(make, method_of(TrainSettings(method=name, **GIVEN.get(name, {}))), "all-linear")
+        law(make, method_of(TrainSettings(method=name, **GIVEN.get(name, {}))), "all-linear")
     except LoricaError:
         return "refused"
     return "works"
 
 
 def rendered() -> str:
-    head = ["method", "what is trained", "reads", "rate", "merges", "one pass for many", *STORAGES]
+    head = ["method", "what is trained", "reads", "rate", "starts as the base"]
+    head += ["packs", "merges", "mixed batch", "one pass for many", *STORAGES]
     rows = []
-    for name, entry in SHOWN.items():
-        cells = [f"`{name}`", entry.what, ", ".join(entry.reads) or "-", f"{entry.lr:g}"]
-        cells += ["no" if entry.unmergeable else "yes", "yes" if entry.shares else "no"]
+    for name, entry in METHODS.items():
+        said = (entry.neutral, entry.packs, not entry.unmergeable, entry.mixes, entry.shares)
+        cells = [f"[`{name}`]({PAGES[entry.home.partition(':')[0]]})", entry.what, ", ".join(entry.reads) or "-"]
+        cells += [f"{entry.lr:g}", *("yes" if each else "no" for each in said)]
         rows.append([*cells, *(tried(make, name) for make in STORAGES.values())])
     table = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join([*HEAD, *table]) + "\n" + NOTES
@@ -53,25 +60,23 @@ HEAD = [
     "",
     "`lorica train MODEL DATA --method NAME`: LoRA, and what the paper compares it with (section 5.1). Filled by",
     "`tests/methods/test_table.py`, which tries each method on each storage (works: step zero is the base model to the",
-    "bit). `reads` are the settings of `lorica train` that a method reads; another one is an error. `rate` is the",
-    "default learning rate beside LoRA's.",
+    "bit; of a method that starts elsewhere, taking it off gives the base back to the bit). `reads` are the settings",
+    "of `lorica train` that a method reads; another one is an error. `rate` is the default one beside LoRA's.",
     "",
 ]
 NOTES = """
-Every method takes packs, exactly. An adapter of a method that PEFT does not know is saved in the same two files under a
-type of our own (`LORICA_ADAPTER_H`), which PEFT refuses.
+* **packs**: training lays examples end to end, and each gets what it gets alone.
+* **merges**: it can be folded into the weights (`lorica merge`), at its default settings.
+* **mixed batch**: `lorica serve` answers rows of one batch each with another adapter of it; others are refused by name.
+* **one pass for many**: `--sweep` trains many adapters of it at once; others are to be trained one after another.
 
-**Selections.** `full` trains every parameter, `top2` the last blocks (`--blocks`), `bitfit` every bias; where a model
-has none, `--add-biases` gives its linear layers biases of zero, which then cannot be merged. What is trained is a copy,
-so that taking it off is exact, and costs its memory once more; packed weights cannot be trained.
+`tests/methods/test_declarations.py` tries each of these. Every method trains decoders and encoders; with
+`--task classify` or `regress` the head is trained too, as in the paper's experiments.
 
-**Adapter layers**, `x + up(act(down(x)))` of width `--bottleneck`. `adapter-h` (Houlsby et al.) has one after each
-attention and MLP, before their residual connections, `adapter-l` (Lin et al.) one after each block through a LayerNorm
-of its own, `adapter-p` (Pfeiffer et al.) one after each MLP and its LayerNorm, `adapter-d` (AdapterDrop) the same in
-the upper blocks only. They are layers more in every pass (the paper's table 1: up to 30 % slower at batch 1) and cannot
-be merged; take them to compare with, and LoRA to use.
-
-Special tokens with learned rows: [prefix.md](prefix.md).
+An adapter of a method that PEFT does not know is saved in the same two files under a type of our own
+(`LORICA_ADAPTER_H`), which PEFT refuses. Each family has a page: [LoRA and its variants](methods-variants.md),
+[the model's own parameters](methods-selections.md), [adapter layers](methods-adapters.md),
+[special tokens](methods-prefix.md).
 """
 
 

@@ -14,8 +14,10 @@ import lorica
 from lorica import Adapter, LoRA, LoricaError, TrainSettings, patch
 from lorica.data import LabelledRow, encode_labelled
 from lorica.evaluate import Verdicts, judge
+from lorica.insertion import edited
+from lorica.methods.prefix import PrefixEmbedding
 from lorica.models import open_thing
-from lorica.targets import FRESH
+from lorica.targets import FRESH, head_parameters
 from lorica.tasks import labels_in, task_of
 from lorica.train import folder, many
 from lorica.train.setup import equip
@@ -208,6 +210,43 @@ def test_a_resumed_training_ends_as_one_that_was_not_stopped(folders, table, bri
     logs = [[event for event in folder.read_log(path / "samples.jsonl")] for path in (whole.path, resumed.path)]
     assert logs[0] == logs[1]
     assert {event["text"] for event in logs[0]} <= set(NAMES)
+
+
+TOKENS = ["prefix-embedding", "prefix-layer", "lora+prefix-embedding", "lora+prefix-layer"]
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [*((family, "prefix-layer") for family in classifiers.FAMILIES), *(("bert", method) for method in TOKENS)],
+)
+def test_special_tokens_come_into_texts_that_are_judged(folders, table, brief, tmp_path, family, method):
+    model, tok = lorica.load(folders[family], labels=NAMES)
+    settings = dataclasses.replace(brief, method=method, rank=8, prefix=3, infix=2, steps=20, eval_every=20, lr=3e-2)
+    run = lorica.train(model, tok, table, settings, out=tmp_path / "run")
+    assert run.after < run.before
+    together = outputs(model, tok)
+    alone = torch.cat([outputs(model, tok, [row]) for row in rows()])
+    assert torch.allclose(together, alone, atol=1e-5)
+    with patch.disabled(model):
+        assert not torch.allclose(outputs(model, tok), together, atol=1e-3)
+    task = task_of(model)
+    text = ["the film was " + "very " * 40 + "good"]  # longer than the model reads
+    said = task.say(model, tok, text)
+    opened = open_thing(tmp_path / "run")
+    assert task_of(opened.model) == task and task.inserts == 5
+    assert task.say(opened.model, opened.tok, text) == said
+    lorica.eject(opened.model)
+    assert torch.equal(outputs(opened.model, tok), outputs(lorica.load(folders[family], labels=NAMES)[0], tok))
+
+
+def test_special_tokens_have_the_segment_of_the_text_that_they_stand_beside(folders):
+    model, tok = lorica.load(folders["bert"], labels=NAMES)
+    lorica.inject(model, PrefixEmbedding(2, 1), also=head_parameters(model))
+    pair = encode_labelled([LabelledRow(("good", "very bad"), "negative")], tok, NAMES, 24).examples
+    ((read,),) = edited(model, pair)
+    special = model.config.vocab_size
+    assert read.ids == [*pair[0].ids[:1], special, special + 1, *pair[0].ids[1:], special + 2]
+    assert read.segments == [0, 0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_the_run_remembers_task_and_labels(folders, table, brief, tmp_path):

@@ -13,11 +13,13 @@ import lorica
 from families import FAMILIES
 from lorica import Adapter, TrainSettings
 from lorica.cli.main import main
-from lorica.data import Record
+from lorica.data import LabelledRow, Record
 from lorica.errors import LoricaError
 from lorica.fast import Fast
 from lorica.methods import METHODS
 from lorica.methods.adapters import AdapterH
+from lorica.models import open_thing
+from lorica.tasks import task_of
 from lorica.train import Interrupted, many
 from lorica.train.recipe import method_of
 from lorica.train.settings import default_lr
@@ -100,11 +102,12 @@ def test_every_method_learns_and_a_stopped_run_ends_as_one_that_was_not(fresh, t
     assert lorica.count(model).trainable == sum(tensor.numel() for tensor in loaded.tensors.values())
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_methods_that_cannot_share_a_pass_say_so(fresh, tok, rows, settings, tmp_path, name):
-    members = {"a": settings(name), "b": settings(name, lr=1e-2)}
+@pytest.mark.parametrize("name", METHODS)
+def test_members_share_a_pass_if_their_method_says_so(fresh, tok, rows, settings, tmp_path, name):
+    members = {"a": settings(name, steps=2), "b": settings(name, steps=2, lr=1e-2)}
     if METHODS[name].shares:
-        pytest.skip("it can")
+        assert len(many.train(fresh(), tok, rows, members, out=tmp_path / "sweep")) == 2
+        return
     with pytest.raises(LoricaError, match=re.escape(f"a: method {name} cannot share a pass")):
         many.train(fresh(), tok, rows, members, out=tmp_path / "sweep")
 
@@ -142,6 +145,39 @@ def test_a_model_with_an_adapter_is_trained_with_it_and_with_no_other(model, tok
         lorica.train(model, tok, rows, settings("adapter-h", bottleneck=5), out=tmp_path / "a")
     ended = lorica.train(model, tok, rows, settings("lora"), out=tmp_path / "b")
     assert ended.settings.method == "adapter-h" and ended.settings.bottleneck == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_a_real_encoder_learns_labels_by_every_method_and_resumes(name, tmp_path):
+    words = {"positive": ("wonderful", "good", "moving"), "negative": ("awful", "bad", "dull")}
+    rows = [LabelledRow((f"A {word} film.",), label) for label, said in words.items() for word in said]
+    settings = TrainSettings(
+        task="classify", method=name, steps=6, batch=6, held_out=0, sample=0, eval_every=6, save_every=0, warmup=0.0
+    )
+
+    def fresh():
+        return lorica.load("minilm-l6", labels=("negative", "positive"), dtype="fp32")
+
+    def stop(event):
+        if event["kind"] == "step" and event["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    losses = []
+    model, tok = fresh()
+    whole = lorica.train(
+        model, tok, rows, settings, out=tmp_path / "whole",
+        report=lambda event: losses.append(event["loss"]) if event["kind"] == "step" else None,
+    )  # fmt: skip
+    assert min(losses[-2:]) < losses[0]
+    with pytest.raises(Interrupted):
+        lorica.train(*fresh(), rows, settings, out=tmp_path / "cut", report=stop)
+    resumed = lorica.train(*fresh(), rows, resume=tmp_path / "cut")
+    assert resumed.adapter.sha256 == whole.adapter.sha256
+    opened = open_thing(tmp_path / "whole")
+    assert opened.adapter.sha256 == whole.adapter.sha256
+    text = ["A truly good film."]
+    assert task_of(opened.model).say(opened.model, opened.tok, text) == task_of(model).say(model, tok, text)
 
 
 @pytest.mark.slow

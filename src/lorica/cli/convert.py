@@ -31,6 +31,8 @@ class Settings(Common):
     """lora_alpha of loralib's layers, which its files do not hold; the rank follows from the shapes."""
     slots: str = ""
     """Slots of loralib's fused layers (MergedLinear), '-' for those without an update: c_attn=q,-,v; ';' between."""
+    kernels: str = ""
+    """Kernel sizes of loralib's convolutions, which its files do not hold: conv1=3;conv2=5."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the file."""
     name: str = ""
@@ -79,6 +81,7 @@ def _opened(settings: Settings) -> Adapter:
         base=settings.base,
         alpha=settings.alpha,
         slots=_slots(settings.slots),
+        kernels=_kernels(settings.kernels),
     )
 
 
@@ -91,6 +94,18 @@ def _slots(text: str) -> dict[str, list[str]]:
         if not equals or not end or not all(slots.split(",")):
             raise LoricaError(f"--slots {each}: write the layer, then its slots in order, as in c_attn=q,-,v")
         found[end] = slots.split(",")
+    return found
+
+
+def _kernels(text: str) -> dict[str, int]:
+    from lorica.errors import LoricaError
+
+    found = {}
+    for each in text.split(";") if text else []:
+        end, _, size = each.strip().partition("=")
+        if not end or not size.isdigit() or not int(size):
+            raise LoricaError(f"--kernels {each}: write the layer, then the size of its kernel, as in conv1=3")
+        found[end] = int(size)
     return found
 
 

@@ -73,7 +73,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
         opened = models.open_thing(settings.x, progress=tell, **how)
         task = task_of(opened.model)
         contenders = evaluate.line_up(opened, settings.x, others)
-        max_len -= evaluate.inserted(opened, contenders)
+        max_len = min(max_len, task.limit) - evaluate.inserted(opened, contenders)
         rows, what, notes = _given(settings, task) if settings.data else _held_out(settings, opened, task)
         if settings.limit and settings.limit < len(rows):
             chosen = sorted(random.Random(0).sample(range(len(rows)), settings.limit))

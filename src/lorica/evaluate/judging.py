@@ -14,6 +14,7 @@ from lorica.data.sequences import LabelledExample, collate_labelled
 from lorica.errors import LoricaError
 from lorica.evaluate.causal import evaluating
 from lorica.evaluate.loss import in_batches
+from lorica.insertion import edited
 
 
 def row_losses(outputs: Tensor, targets: Tensor, smooth: float = 0.0) -> Tensor:
@@ -44,12 +45,15 @@ def judge(
 ) -> Tensor:
     """The outputs ``[rows, labels]`` for all examples in their order, fp32 on the CPU.
 
+    Each is read as the active adapter is to read it (`lorica.insertion`).
+
     Args:
         batch_tokens: tokens of a forward pass, padding included.
         progress: called with rows done and rows in all.
     """
     if not examples:
         raise LoricaError("there are no rows to judge")
+    examples = [read for (read,) in edited(model, examples)]
     found: list[Tensor] = [torch.empty(0)] * len(examples)
     done = 0
     with evaluating(model):

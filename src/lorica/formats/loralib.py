@@ -4,10 +4,13 @@
     Embedding     lora_A  [r, num]       lora_B  [dim, r]
     MergedLinear  lora_A  [r n, in]      lora_B  [out n / m, r]       n of the m equal slots of a fused layer have one:
                                                                       rows g r to (g + 1) r of A belong to the g-th
+    Conv2d        lora_A  [r k, in k]    lora_B  [out k, r k]         B A [out k, in k] read as [out, in, k, k]
 
 beside whole parameters under their own names (a trained head, biases). The file holds neither alpha nor which slots
-are on, because loralib has both in the code of the model: whoever reads it must say them, unless lorica wrote it, which
-keeps them in the file's metadata. loralib itself writes pickles, which are opened only when that is asked for.
+are on nor k, because loralib has them in the code of the model: whoever reads it must say them, unless lorica wrote it,
+which keeps them in the file's metadata. A convolution gets PEFT's factors, at rank r k^2, which is exact; loralib's
+Conv1d and Conv3d never worked, since their B A has not the size of the weight. loralib itself writes pickles, which are
+opened only when that is asked for.
 """
 
 from __future__ import annotations
@@ -85,6 +88,7 @@ def read(
     alpha: float | None = None,
     slots: Mapping[str, Sequence[str]] | None = None,
     pickled: bool = False,
+    kernels: Mapping[str, int] | None = None,
 ) -> Contents:
     """Read a state dict.
 
@@ -93,11 +97,14 @@ def read(
         slots: of MergedLinear layers by the end of their path: their slots in order, `-` for those without an update,
             as ``{"c_attn": ["q", "-", "v"]}`` for ``enable_lora=[True, False, True]``.
         pickled: open a pickle, for tensors alone (torch's `weights_only`).
+        kernels: the k of Conv2d layers by the end of their path.
     """
     faults: list[str] = []
     raw, ours = _load(path, pickled, faults)
     paths = sorted({key.rpartition(".")[0] for key in raw if key.endswith((".lora_A", ".lora_B"))})
-    enabled = {layer: _slots_of(layer, slots or {}) or ours.get("slots", {}).get(layer) for layer in paths}
+    enabled = {layer: _of(layer, slots or {}) or ours.get("slots", {}).get(layer) for layer in paths}
+    sizes = {layer: k for layer in paths if (k := _of(layer, kernels or {}))}
+    faults += [f"--kernels {end}: no such layer" for end in kernels or {} if not any(_of(p, {end: 1}) for p in paths)]
     faults += [] if paths else ["it has no tensor called ....lora_A"]
     faults += [f"unexpected  {tensorfiles.shown_name(key)}" for key in raw if "#" in key]
     if alpha is None and "alpha" not in ours:
@@ -106,7 +113,7 @@ def read(
             f" lorica convert {path} --alpha 16 --to peft -o OUT"
         )
     for layer in paths:
-        faults += _layer_faults(layer, raw, enabled[layer])
+        faults += _layer_faults(layer, raw, enabled[layer], sizes.get(layer, 1))
     if faults:
         raise all_faults(f"{path} cannot be read as loralib's:", faults)
     alpha = ours["alpha"] if alpha is None else alpha
@@ -115,10 +122,13 @@ def read(
     layers: dict[str, tuple[int, float]] = {}
     for layer in paths:
         A, B = raw.pop(f"{layer}.lora_A"), raw.pop(f"{layer}.lora_B")
-        r = B.shape[1]
-        layers[layer] = (r, 1.0 if alpha is None else alpha / r)
+        k = sizes.get(layer, 0)
+        scale = 1.0 if alpha is None else alpha * max(1, k) / B.shape[1]
+        if k:
+            A, B = _by_channels(A, B, k)
+        layers[layer] = (B.shape[1], scale)
         storage = ours.get("storages", {}).get(layer) or storage_by_name(layer)
-        for target, a, b in _parts(layer, storage, A, B, enabled[layer]):
+        for target, a, b in _parts(layer, storage, A, B, enabled[layer], k):
             targets.append(target)
             tensors[f"{name(target)}.A"], tensors[f"{name(target)}.B"] = a, b
     method = method_of(layers)
@@ -141,8 +151,10 @@ def _enabled(parts: list[Target]) -> list[str]:
 
 
 def _parts(
-    layer: str, storage: str, A: Tensor, B: Tensor, slots: Sequence[str] | None
+    layer: str, storage: str, A: Tensor, B: Tensor, slots: Sequence[str] | None, k: int
 ) -> list[tuple[Target, Tensor, Tensor]]:
+    if k:
+        return [(Target(layer, "conv", (B.shape[0], A.shape[1]), sizes=(1, k, k)), A, B)]
     if not slots:
         return [(Target(layer, storage, (B.shape[0], A.shape[1])), A, B)]
     r, on = B.shape[1], [place for place, slot in enumerate(slots) if slot != OFF]
@@ -158,21 +170,27 @@ def _parts(
     ]
 
 
-def _slots_of(layer: str, slots: Mapping[str, Sequence[str]]) -> Sequence[str] | None:
-    return next((each for end, each in slots.items() if layer == end or layer.endswith(f".{end}")), None)
+def _by_channels(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Factors of ``[out, in k k]``: k rows of ``B A [out k, in k]`` lie behind each other in one row of the weight."""
+    return torch.block_diag(*[A] * k), torch.cat([B[row::k] for row in range(k)], 1)
 
 
-def _layer_faults(layer: str, raw: Mapping[str, Tensor], slots: Sequence[str] | None) -> list[str]:
+def _of(layer: str, known: Mapping[str, Any]) -> Any:
+    """What is said of a layer by the end of its path."""
+    return next((each for end, each in known.items() if layer == end or layer.endswith(f".{end}")), None)
+
+
+def _layer_faults(layer: str, raw: Mapping[str, Tensor], slots: Sequence[str] | None, k: int) -> list[str]:
     A, B, weight = (raw.get(f"{layer}.{end}") for end in ("lora_A", "lora_B", "weight"))
     if A is None or B is None:
         return [f"missing  {layer}.lora_{'A' if A is None else 'B'}"]
-    if weight is not None and weight.ndim > 2:
-        return [
-            f"{layer} is a convolution: loralib factors its weight as a matrix [out k, in k] (rank r k), which no"
-            " storage here holds"
-        ]
     if weight is not None:
-        return [f"{layer}.weight is of the base: keep only what is trained (loralib.lora_state_dict)"]
+        of_conv = (
+            f", and say its kernel: --kernels {layer.rpartition('.')[2]}={weight.shape[-1]}" if weight.ndim > 2 else ""
+        )
+        return [f"{layer}.weight is of the base: keep only what is trained (loralib.lora_state_dict){of_conv}"]
+    if k > 1 and (A.ndim != 2 or B.ndim != 2 or any(size % k for size in (*A.shape, *B.shape))):
+        return [f"shape    {layer}: lora_A is {tuple(A.shape)} and lora_B is {tuple(B.shape)}, with a kernel of {k}"]
     if A.ndim != 2 or B.ndim != 2 or not B.shape[1] or A.shape[0] % B.shape[1]:
         return [f"shape    {layer}: lora_A is {tuple(A.shape)} and lora_B is {tuple(B.shape)}"]
     named = [slot for slot in slots or () if slot != OFF]

@@ -261,6 +261,7 @@ def _from_peft(
     for path, storage in storages.items():
         A, B = tensors[f"{path}#lora.A"], tensors[f"{path}#lora.B"]
         shape = (B.shape[0], A.shape[1])
+        storage = "conv1d" if config.get("fan_in_fan_out") and storage == "linear" else storage
         parts = slices.get(path, {})
         if parts and (pieces := _split(A, B, parts)):
             del tensors[f"{path}#lora.A"], tensors[f"{path}#lora.B"]
@@ -269,7 +270,7 @@ def _from_peft(
                 tensors[f"{path}#{part}.A"], tensors[f"{path}#{part}.B"] = a, b
                 targets.append(Target(path, storage, shape, part, (parts[part][0], parts[part][1])))
         else:
-            targets.append(Target(path, "conv1d" if config.get("fan_in_fan_out") else storage, shape))
+            targets.append(Target(path, storage, shape))
     return _divided(method, split, _by_path(targets)), tuple(targets)
 
 

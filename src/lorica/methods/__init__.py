@@ -98,6 +98,14 @@ def of(method: Method) -> Entry:
     return entry(method.name)
 
 
+def alone(method: Method) -> str:
+    """Why rows of one batch cannot each have another adapter of a method; empty where they can (`Entry.mixes`)."""
+    if of(method).mixes:
+        return ""
+    other = f"nor merged, since {method.unmergeable}" if method.unmergeable else "but merged (lorica merge X -o DIR)"
+    return f"an adapter of {method.name} cannot be served beside others, {other}"
+
+
 def in_words(method: Method) -> str:
     """The settings of a method that reads plain ones: ``bottleneck 64, activation relu``, or what it is."""
     found = {name: getattr(method, name) for name in of(method).reads if name != "targets"}

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorica import dora, weights
+from lorica import dora, methods, weights
 from lorica.adapter import Adapter
 from lorica.errors import LoricaError, all_faults
 from lorica.kernels import few, mixed
@@ -325,6 +325,8 @@ class Layers:
 
     def rows(self, adapter: Adapter) -> Rows:
         """An adapter as the layers take it."""
+        if reason := methods.alone(adapter.method):
+            raise LoricaError(f"{reason}; generate and chat take it by itself")
         tensors = dict(adapter.tensors)
         found: dict[int, list[tuple[Tensor, Tensor]]] = {}
         gains: dict[int, Tensor] = {}

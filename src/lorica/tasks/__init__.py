@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.data import label_names, read_labelled
+from lorica.insertion import insertion
 from lorica.models import is_classifier, labels_of
 from lorica.plan import config_of
 from lorica.tasks.language import Language
@@ -32,7 +33,10 @@ SCORE = "score"
 
 def task_of(model: Any) -> Task:
     """The task that a model is made for."""
-    return Sequences(labels_of(model.config), longest(model)) if is_classifier(model) else Language()
+    if not is_classifier(model):
+        return Language()
+    own = insertion(model)
+    return Sequences(labels_of(model.config), longest(model), own.size if own else 0)
 
 
 def task_for(name: str, source: str | Path, columns: Mapping[str, str | None], model: str = "") -> Task:

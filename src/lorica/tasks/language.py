@@ -21,6 +21,7 @@ class Language:
 
     name: ClassVar[str] = "lm"
     labels: ClassVar[tuple[str, ...]] = ()
+    limit: ClassVar[int] = 1 << 30  # of tokens in a text; whether a model has places for them, `insertion` asks
     measures: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[str] = "nats per token"
 

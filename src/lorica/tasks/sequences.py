@@ -27,11 +27,13 @@ from lorica.targets import FRESH
 class Sequences:
     """The task of a model that tells `labels` apart, or predicts a number where there is only one.
 
-    `limit` is the longest sequence that the model takes, in tokens. A row is a `LabelledRow`.
+    `limit` is the longest sequence that the model takes, in tokens, `inserts` of them special tokens of the active
+    adapter. A row is a `LabelledRow`.
     """
 
     labels: tuple[str, ...]
     limit: int
+    inserts: int = 0
 
     @property
     def name(self) -> str:
@@ -90,7 +92,8 @@ class Sequences:
 
     def say(self, model: Any, tok: Any, texts: Sequence[str]) -> dict[str, Any]:
         """What the model says of one text or a pair: a label with all probabilities, or a score."""
-        examples: Any = self.encode([LabelledRow(tuple(texts), None)], tok, self.limit, known=False).examples
+        row = LabelledRow(tuple(texts), None)
+        examples: Any = self.encode([row], tok, self.limit - self.inserts, known=False).examples
         return told(judge(model, examples)[0], self.labels)
 
     def talk(self, model: Any, tok: Any, **_: Any) -> Judgement:
@@ -117,7 +120,7 @@ class Sequences:
             said = [told(outputs, self.labels) for outputs in judge(model, examples, progress=progress)]
             return [{column if key in ("label", "score") else key: each[key] for key in each} for each in said]
 
-        prompts: Any = self.encode(asked, tok, self.limit, known=False).examples
+        prompts: Any = self.encode(asked, tok, self.limit - self.inserts, known=False).examples
         beside = ("probabilities",) if self.name == "classify" else ()
         return Answering(rows, prompts, column=column, batch=batch, judge=judged, beside=beside)
 

@@ -82,7 +82,7 @@ def prepare(data: Any, tok: Any, settings: TrainSettings, task: Task | None = No
     else:
         train, held = data, []
     # Special tokens count: they are read like the others.
-    longest = settings.max_len - sum(getattr(method_of(settings), "inserts", ()))
+    longest = min(settings.max_len, task.limit) - sum(getattr(method_of(settings), "inserts", ()))
     train, held = (_encoded(part, tok, longest, notes, task) for part in (train, held))
     if not train:
         raise LoricaError("the data has no example to train on")

@@ -103,7 +103,7 @@ def train(
         if settings is not None or out is not None:
             raise LoricaError("a resumed run keeps its settings and its folder: give neither settings nor out")
         settings = settings_of(resume)
-    prepared, settings = ready(model, tok, data, settings or TrainSettings())
+    prepared, settings = ready(model, tok, data, settings or TrainSettings(), start)
     accelerator = processes.accelerator_for(model)
     name = Path(prepared.source).stem or Path(getattr(model.config, "_name_or_path", "")).stem  # type: ignore[union-attr, arg-type]
     path = Path(resume) if resume is not None else processes.agreed_folder(accelerator, out, name)

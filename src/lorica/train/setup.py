@@ -18,7 +18,7 @@ from lorica.errors import LoricaError, all_faults
 from lorica.evaluate.agreement import missing
 from lorica.geometry import correction
 from lorica.lowrank import LoRA
-from lorica.methods import METHODS, entry
+from lorica.methods import entry
 from lorica.models import draw_head
 from lorica.targets import FRESH, Target, head_parameters, resolve
 from lorica.tasks import Task, task_of
@@ -37,10 +37,12 @@ from lorica.train.settings import (
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def ready(model: nn.Module, tok: Any, data: Any, settings: TrainSettings) -> tuple[Prepared, TrainSettings]:
+def ready(
+    model: nn.Module, tok: Any, data: Any, settings: TrainSettings, origin: str = ""
+) -> tuple[Prepared, TrainSettings]:
     """Check the settings, encode the data, equip the model: everything that can be wrong, before anything is written.
 
-    Returns the examples and the settings with every rule applied.
+    Returns the examples and the settings with every rule applied. `origin`: where the adapter on the model came from.
     """
     task = task_of(model)
     if faults := settings.check() or _task_faults(task, _adopted(model, settings)):
@@ -54,7 +56,7 @@ def ready(model: nn.Module, tok: Any, data: Any, settings: TrainSettings) -> tup
     if start.wants(model):
         passes = task.passes(model, tok, prepared.given, settings.label_smoothing)
         start.at_gradient(model, passes, prepared.given, settings)
-    return prepared, resolved(model, settings, prepared)
+    return prepared, resolved(model, settings, prepared, origin)
 
 
 def preview(model: nn.Module, tok: Any, data: Any, settings: TrainSettings) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def _adopted(model: nn.Module, settings: TrainSettings) -> TrainSettings:
     return dataclasses.replace(settings, **_settings_of(model, settings)) if patch.adapters(model) else settings
 
 
-def resolved(model: nn.Module, settings: TrainSettings, data: Prepared) -> TrainSettings:
+def resolved(model: nn.Module, settings: TrainSettings, data: Prepared, origin: str = "") -> TrainSettings:
     """The settings with every rule applied: rate, length, measurements, format, and the method that is on the model."""
     found: dict[str, Any] = _settings_of(model, settings)
     if settings.lr is None:
@@ -100,7 +102,10 @@ def resolved(model: nn.Module, settings: TrainSettings, data: Prepared) -> Train
     steps = number_of_steps(settings, len(data.given))
     found["eval_every"] = measured_every(settings, steps)
     found["dtype"] = DTYPES.get(_dtype(model), "auto")
-    found["task"] = task_of(model).name
+    task = task_of(model)
+    # `classify` takes the labels of the rows; `auto` alone finds a head that came with the model or the adapter again.
+    brought = task.labels and settings.task == "auto" and (origin or not getattr(model, FRESH, ()))
+    found["task"] = "auto" if brought else task.name
     return dataclasses.replace(settings, **found)
 
 
@@ -163,8 +168,6 @@ def _task_faults(task: Task, settings: TrainSettings) -> list[str]:
         faults.append(f"best_by is {settings.best_by!r}; for task {task.name!r} it must be one of: {known}")
     elif settings.best_by == "spearman" and (lacking := missing(len(task.labels))):
         faults.append(f"best_by is {settings.best_by!r}: {lacking}")
-    if task.name != "lm" and settings.method in METHODS and any(getattr(method_of(settings), "inserts", ())):
-        faults.append(f"method {settings.method} inserts special tokens, which task {task.name!r} does not take yet")
     if task.name == "regress" and settings.label_smoothing:
         faults.append(f"label_smoothing is {settings.label_smoothing:g}, and a number has no labels to smooth")
     return faults
