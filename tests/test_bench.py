@@ -64,17 +64,17 @@ def test_ratios_are_of_medians_and_a_peers_best_is_not_its_default():
     assert set(told) >= {"settings", "machine", "results", "ratios", "targets", "floor"}
 
 
-def test_a_variant_is_judged_by_its_time_and_reported_at_its_best_rate():
+def test_a_variant_is_judged_beside_lora_and_reported_at_its_best_rate():
     import argparse
 
     from variants import report
 
-    def told(seconds, *best):
-        return {"best": list(best), "losses": {"1 seed 0": 2.0}, "seconds": seconds, "peak_bytes": 1e9, "base": 3.0}
+    def told(*best):
+        return {"best": list(best), "losses": {"1 seed 0": 2.0}, "peak_bytes": 1e9, "base": 3.0}
 
     options = argparse.Namespace(model="m", steps=1, batch=1, held=1, seeds=2)
-    found = report(options, {"lora": told(2.0, 1.5, 1.7), "dora": told(3.0, 1.4), "pissa": {"skipped": "no"}})
-    assert found["ratios"] == {"time dora / lora": 1.5}
+    found = report(options, {"lora": told(1.5, 1.7), "dora": told(1.4), "pissa": {"skipped": "no"}})
+    assert found["ratios"] == {"dora less lora, nats": pytest.approx(-0.2)}
     assert found["results"]["lora"]["median"] == pytest.approx(1.6) and found["results"]["lora"]["repeats"] == 2
     assert found["results"]["pissa"] == {"skipped": "no"}
     assert set(found) >= {"settings", "machine", "results", "ratios", "targets", "floor"}

@@ -120,7 +120,10 @@ def _parquet(path: Path) -> None:
 
 def _state(path: Path) -> None:
     sampler = {"n": 3, "batch": 1, "seed": 0, "epoch": 0, "position": 1}
-    here = state.State(1, 3.0, 2.5, 1, 0, 30, 1.5, "a", "b", sampler, {"metrics.jsonl": 4})
+    here = state.State(
+        step=1, before=3.0, best=2.5, best_step=1, tokens=30, seconds=1.5, measures={"f1": 0.5}, data="a", base="b",
+        sampler=sampler, logs={"metrics.jsonl": 4},
+    )  # fmt: skip
     (path / "metrics.jsonl").write_text("{}\n\n")
     tensors = {f"{part}/x": torch.ones(2, 3) for part in ("master", "exp_avg", "exp_avg_sq")}
     state.write(path, here, tensors | {"step/x": torch.tensor(1.0)})
@@ -244,6 +247,7 @@ class Bench:
         self.kind, self.work = kind, place / "work"
         self.work.mkdir(parents=True)
         kind.make(self.work)
+        kind.read(self.work)  # of a file that is refused as it is, no damage would show anything
         self.content = (self.work / kind.file).read_bytes()
 
     def damaged(self, seed: str) -> Path:
