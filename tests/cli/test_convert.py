@@ -107,7 +107,9 @@ def test_wrong_use_is_told(made, tmp_path, capsys):
     assert main(["convert", run, "--to", "peft", "-o", run]) == 1
     assert "nothing is overwritten" in capsys.readouterr().err
     assert main(["convert", run, "--to", "peft", "-o", str(tmp_path / "out"), "--alpha", "3"]) == 1
-    assert "--alpha and --slots are for loralib's files" in capsys.readouterr().err
+    assert "--alpha, --slots and --kernels are for loralib's files" in capsys.readouterr().err
+    assert main(["convert", run, "--to", "peft", "-o", str(tmp_path / "out"), "--kernels", "conv1=wide"]) == 1
+    assert "as in conv1=3" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -106,7 +106,7 @@ def test_every_method_learns_and_a_stopped_run_ends_as_one_that_was_not(fresh, t
 def test_members_share_a_pass_if_their_method_says_so(fresh, tok, rows, settings, tmp_path, name):
     members = {"a": settings(name, steps=2), "b": settings(name, steps=2, lr=1e-2)}
     if METHODS[name].shares:
-        assert len(many.train(fresh(), tok, rows, members, out=tmp_path / "sweep")) == 2
+        assert len(many.train(fresh(), tok, rows, members, out=tmp_path / "sweep").rows) == 2
         return
     with pytest.raises(LoricaError, match=re.escape(f"a: method {name} cannot share a pass")):
         many.train(fresh(), tok, rows, members, out=tmp_path / "sweep")
