@@ -98,7 +98,8 @@ def read(folder: Path) -> Contents:
     faults += [
         f"unexpected  {tensorfiles.shown_name(key)}" for key in raw if key.rpartition(".")[2] not in parts or "#" in key
     ]
-    found, sizes = {}, {}
+    found: dict[str, Update] = {}
+    sizes: dict[str, Tensor] = {}
     for path in dict.fromkeys(key.rpartition(".")[0] for key in raw):
         held = {part: raw[f"{path}.{part}"] for part in parts if f"{path}.{part}" in raw}
         if wrong := _wrong(path, held, parts, rank):
