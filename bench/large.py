@@ -29,6 +29,7 @@ def main() -> None:
 
     import lorica
     from lorica.data import Example
+    from lorica.models import load_tokenizer
 
     # The shape of Qwen2.5-1.5B.
     config = LlamaConfig(
@@ -37,7 +38,7 @@ def main() -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
-    tok = lorica.load("smollm2-135m")[1]
+    tok = load_tokenizer("smollm2-135m")
     draw = random.Random(0)
     rows = [
         Example([draw.randrange(1000, 40000) for _ in range(512)], [False] + [True] * 511) for _ in range(options.steps)

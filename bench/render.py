@@ -92,19 +92,37 @@ def section(report: dict[str, Any]) -> list[str]:
         "",
     ]
     lines += [f"Settings: {', '.join(f'{key} {value}' for key, value in report['settings'].items())}.", ""]
-    lines += [f"| contender | median {unit} | min to max | repeats | peak memory |", "|---|---|---|---|---|"]
-    for name, row in report["results"].items():
+    lines += plans(report["results"]) if report["bench"] == "plan" else contenders(report["results"], unit, digits)
+    lines += ["", "| ratio | measured | target | |", "|---|---|---|---|"]
+    targets = {name: tuple(target) for name, target in report["targets"].items()}
+    for name, ratio, target, good in judged(report["ratios"], targets):
+        lines.append(f"| {name} | {ratio:.{finer}f} | {target} | {'reached' if good else 'short'} |")
+    return [*lines, ""]
+
+
+def contenders(results: dict[str, Any], unit: str, digits: int) -> list[str]:
+    """The table of what was compared."""
+    lines = [f"| contender | median {unit} | min to max | repeats | peak memory |", "|---|---|---|---|---|"]
+    for name, row in results.items():
         if "skipped" in row:
             lines.append(f"| {name} | skipped: {row['skipped']} | | | |")
             continue
         memory = f"{row['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in row else ""
         span = f"{row['min']:.{digits}f} to {row['max']:.{digits}f}"
         lines.append(f"| {name} | {row['median']:.{digits}f} | {span} | {row['repeats']} | {memory} |")
-    lines += ["", "| ratio | measured | target | |", "|---|---|---|---|"]
-    targets = {name: tuple(target) for name, target in report["targets"].items()}
-    for name, ratio, target, good in judged(report["ratios"], targets):
-        lines.append(f"| {name} | {ratio:.{finer}f} | {target} | {'reached' if good else 'short'} |")
-    return [*lines, ""]
+    return lines
+
+
+def plans(results: dict[str, Any]) -> list[str]:
+    """The table of peaks: measured, planned from the config alone, and in the header of the training itself."""
+    lines = ["| setting | measured GB | planned | error | header | error |", "|---|---|---|---|---|---|"]
+    for name, row in results.items():
+        if "skipped" in row:
+            lines.append(f"| {name} | skipped: {row['skipped']} | | | | |")
+            continue
+        header = f"{row['header']:.2f} | {row['header_error']:+.1%}" if row["header"] else "none | "
+        lines.append(f"| {name} | {row['median']:.2f} | {row['plan']:.2f} | {row['error']:+.1%} | {header} |")
+    return [*lines, "", "![predicted against measured peaks](plan.png)"]
 
 
 if __name__ == "__main__":

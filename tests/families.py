@@ -66,6 +66,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "gemma": _decoder("Gemma", hidden_activation="gelu_pytorch_tanh"),
     "gemma2": _decoder("Gemma2", sliding_window=4, final_logit_softcapping=3.0, attn_logit_softcapping=5.0),
     "gemma3": _decoder("Gemma3", "TextConfig", sliding_window=4),
+    "smollm3": _decoder("SmolLM3", no_rope_layers=[1, 0]),
     "granite": _decoder("Granite", logits_scaling=3.0, residual_multiplier=0.5),
     "cohere": _decoder("Cohere", logit_scale=0.3),
     "phi3": _decoder("Phi3"),

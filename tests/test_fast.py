@@ -119,6 +119,22 @@ def test_a_block_that_computes_something_else_is_left_as_it_is():
     assert apart(found, eager(model)[1]) < 1e-5
 
 
+def test_blocks_of_one_class_that_differ_are_tried_one_by_one():
+    model = adapted("smollm3")
+    taken = Fast(model).forwards
+    rotary, without = (layer.self_attn for layer in model.model.layers)
+    assert rotary.use_rope and rotary in taken
+    assert not without.use_rope and without not in taken
+
+
+def test_a_block_that_drops_something_in_training_is_left_as_it_is():
+    model = adapted()
+    first, second = (layer.mlp for layer in model.model.layers)
+    first.dropout = torch.nn.Dropout(0.5)
+    taken = Fast(model).forwards
+    assert first not in taken and second in taken
+
+
 @pytest.mark.parametrize("targets", ["qv", "mlp", "o_proj, gate_proj", "layers.1.self_attn.k_proj"])
 def test_any_choice_of_targets_is_exact(targets):
     def make():

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from lorica import LoRA, plan
+from lorica import LoRA, TrainSettings, counts, plan
+from lorica.account import Account
+from lorica.data import Example
 from lorica.errors import LoricaError
 
 SMALL = LlamaConfig(
@@ -20,7 +22,7 @@ WORK = plan.Work(LoRA(r=4), lengths=(40,) * 4, labelled=0.5)
 
 def test_the_account_counts_what_is_alive_at_the_peak():
     model = torch.nn.Linear(8, 8, device="meta").requires_grad_(False)
-    account = plan.Account(model)
+    account = Account(model.parameters())
     with account:
         x = torch.empty(4, 8, device="meta")
         y = model(x)
@@ -33,9 +35,10 @@ def test_the_account_counts_what_is_alive_at_the_peak():
     assert account.live == 0
 
 
-def test_two_small_models_give_a_large_one(monkeypatch):
+def test_two_small_models_give_a_large_one():
     by_line = plan.predict(SMALL, WORK, process=0)
-    traced = plan._traced(plan._built(plan.AutoModelForCausalLM, SMALL, 6, "fp32"), WORK, WORK.lengths, again=False)
+    rows = [(0, plan.row(40, 0.5))] * 4
+    traced = plan._traced(plan._built(plan.AutoModelForCausalLM, SMALL, 6, "fp32"), WORK, rows)
     assert by_line.parameters == traced.parameters
     assert by_line.trainable == traced.trainable
     assert by_line.memory.activations == pytest.approx(traced.live * (1 + plan.SLACK), rel=1e-6)
@@ -82,7 +85,7 @@ def test_activations_are_kept_where_they_fit_and_else_made_again():
 
 
 def test_the_paper_claims_follow_by_arithmetic():
-    claims = {what: number for what, _, number, _ in plan.gpt3_claims()}
+    claims = {what: number for what, _, number, _ in counts.gpt3_claims()}
     assert claims["trained by LoRA"] == 18_874_368
     assert claims["parameters"] == pytest.approx(175e9, rel=0.005)
     assert claims["checkpoint, full"] == pytest.approx(350e9, rel=0.005)
@@ -113,3 +116,69 @@ def test_a_method_of_some_blocks_is_counted_on_all_of_them():
         for blocks in (3, None)
     )
     assert three * 4 == seven_of_twelve * 3
+
+
+def lora_of(r: int, targets: str = "all-linear") -> int:
+    """Numbers trained on `SMALL`, by counting."""
+    q, kv, mlp = 64 + 64, 64 + 32, 64 + 128
+    return 6 * r * {"all-linear": 2 * q + 2 * kv + 3 * mlp, "qv": q + kv}[targets]
+
+
+def test_adapters_in_one_pass_add_up_and_share_activations():
+    alone = plan.predict(SMALL, WORK, process=0)
+    beside = [plan.Work(LoRA(r=8), "qv", lengths=(40,) * 4, labelled=0.5), dataclasses.replace(WORK, lengths=(20,) * 8)]
+    found = plan.predict(SMALL, dataclasses.replace(WORK, beside=beside), process=0)
+    trained = 2 * lora_of(4) + lora_of(8, "qv")
+    assert alone.trainable == lora_of(4) and found.trainable == trained
+    assert found.memory.trained == found.memory.gradients == 4 * trained and found.memory.optimizer == 8 * trained
+    assert found.memory.weights == alone.memory.weights
+    assert found.tokens == 480
+    # All 480 tokens are one pack, three times that of one adapter alone.
+    assert found.memory.activations == pytest.approx(3 * alone.memory.activations, rel=0.1)
+
+
+def test_a_pack_that_adapters_share_is_no_fuller_than_a_pack():
+    one = plan.predict(SMALL, dataclasses.replace(WORK, lengths=(40,) * 19), process=0).memory  # 760 of 768 tokens
+    many = dataclasses.replace(WORK, lengths=(40,) * 19, beside=[dataclasses.replace(WORK, lengths=(40,) * 19)] * 3)
+    assert plan.predict(SMALL, many, process=0).memory.activations == pytest.approx(one.activations, rel=0.05)
+
+
+def test_a_start_that_is_held_takes_the_room_of_its_factors():
+    plain = plan.predict(SMALL, WORK, process=0)
+    pissa = plan.predict(SMALL, dataclasses.replace(WORK, method=LoRA(r=4, init="pissa")), process=0)
+    loftq = plan.predict(SMALL, dataclasses.replace(WORK, method=LoRA(r=4, init="loftq")), process=0)
+    assert pissa.trainable == plain.trainable and pissa.memory.trained == 2 * plain.memory.trained
+    assert loftq.memory == plain.memory
+
+
+def test_full_training_of_a_bf16_base_has_copies_and_their_masters():
+    from lorica.methods.selections import Full
+
+    work = dataclasses.replace(WORK, method=Full(), dtype="bf16")
+    found = plan.predict(SMALL, work, process=0)
+    assert found.trainable == found.parameters
+    assert found.memory.trained == 6 * found.parameters and found.memory.gradients == 4 * found.parameters
+
+
+def drawn_from(*lengths: int) -> list[Example]:
+    return [plan.row(length) for length in lengths]
+
+
+def test_the_plan_is_of_the_update_whose_pack_is_fullest():
+    settings = TrainSettings(batch=2, device="cpu", dtype="fp32")
+    # The two longest make two packs of 400; a pair that fits into one pack is fuller.
+    examples = drawn_from(*[400, 400], *[300] * 20)
+    work = plan.work_of(plan.Asked(settings, examples, LoRA(r=4), 100))
+    assert sum(work.lengths) in (600, 700)
+    pair = plan.work_of(plan.Asked(settings, examples[:2], LoRA(r=4), 100))
+    assert work.micro_tokens == 768 and pair.lengths == (400, 400)
+    longest = plan.work_of(plan.Asked(settings, drawn_from(900, *[300] * 20), LoRA(r=4), 100))
+    assert 900 in longest.lengths
+
+
+def test_an_adapter_that_ends_leaves_room_in_the_pack():
+    few, many = (TrainSettings(batch=2, steps=steps, device="cpu", dtype="fp32") for steps in (1, 3))
+    examples = drawn_from(*[190] * 8)
+    # Six rows are two packs of three; the four of those that go on are one.
+    work = plan.work_of(*(plan.Asked(each, examples, LoRA(r=4), each.steps) for each in (few, many, many)))
+    assert [each.lengths for each in work.everyone] == [(), (190, 190), (190, 190)]

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "lorica"
 LAYERS = [
-    {"errors", "files"},
+    {"errors", "files", "account"},
     {"doors", "patterns"},
     {"tensorfiles"},
     {"weights", "core"},

@@ -53,14 +53,18 @@ class Fast:
         options = _asked(model)
         with attending(model):
             for module in model.modules():
-                if "forward" in module.__dict__ or getattr(module, CHILD, None) is not None:
+                if "forward" in module.__dict__ or getattr(module, CHILD, None) is not None or _drops(module):
                     continue  # someone else's, such as the hooks of a model spread over devices; or it is patched
                 for forward in (_norm(module), _mlp(module, salts), _attention(module, salts, options.get(module))):
                     if forward is not None and _same(module, forward, verdicts):
                         self.forwards[module] = forward
         for module in model.modules():
-            if module not in self.forwards and getattr(module, CHILD, None) is not None and _dense(module):
+            if module in self.forwards or getattr(module, CHILD, None) is None:
+                continue
+            if _dense(module):
                 self.forwards[module] = _linear(module, salts)
+            elif _followed(module):
+                self.forwards[module] = _follow(module)
 
     @property
     def names(self) -> list[str]:
@@ -84,6 +88,11 @@ def _parts(patches: Patches) -> Iterator[tuple[str, nn.Module]]:
         yield from adapter.items()  # type: ignore[union-attr,operator]
 
 
+def _drops(module: nn.Module) -> bool:
+    """Whether a module drops something while it trains, which no trial would show."""
+    return any(isinstance(child, nn.Dropout) and child.p for child in module.children())
+
+
 def _dense(layer: Any) -> bool:
     """Whether a layer is a frozen matrix that only low-rank updates act on."""
     if layer is None or layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
@@ -97,14 +106,25 @@ def _dense(layer: Any) -> bool:
     return patches is None or all(isinstance(part, LowRank) for _, part in _parts(patches))
 
 
+def _followed(layer: Any) -> bool:
+    """Whether all patches of a layer act on its output, and on each token by itself."""
+    return "forward" not in layer.__dict__ and all(
+        getattr(part, "by_token", False) for _, part in _parts(getattr(layer, CHILD))
+    )
+
+
+def _whole(here: Documents, tokens: int, layer: nn.Module) -> None:
+    """LoricaError where a layer sees a choice of the tokens, of adapters that are mixed."""
+    if tokens != here.starts[-1]:
+        raise LoricaError(f"{type(layer).__name__} sees {tokens:,} of {here.starts[-1]:,} tokens: whose, is not known")
+
+
 def _group(layers: Sequence[nn.Module], tokens: int, salts: dict[int, int]) -> tuple[Group, list[Tensor]]:
     """Layers that read one input of so many tokens, with the updates that act now, and their factors."""
     matrices, found = [], []
     here = current()
-    if here and here.owners and tokens != here.starts[-1]:
-        raise LoricaError(
-            f"{type(layers[0]).__name__} sees {tokens:,} of {here.starts[-1]:,} tokens: whose, is not known"
-        )
+    if here and here.owners:
+        _whole(here, tokens, layers[0])
     for k, layer in enumerate(layers):
         matrices.append(Matrix(layer.weight, layer.bias, isinstance(layer, Conv1D)))  # type: ignore[arg-type]
         patches = getattr(layer, CHILD, None)
@@ -136,6 +156,28 @@ def _linear(layer: nn.Module, salts: dict[int, int]) -> Callable:
             return type(layer).forward(layer, x)  # type: ignore[operator]
         group, factors = _group((layer,), _tokens(x), salts)
         return SameInput.apply(x, group, *factors)[0] if factors else plain_class(layer).forward(layer, x)
+
+    return forward
+
+
+def _follow(layer: Any) -> Callable:
+    """A layer whose patches act on each token of its output: in a mixed pass, each adapter's on its own tokens."""
+
+    def forward(*args: Any, **kwargs: Any):
+        here = current()
+        if not (here and here.owners):
+            return type(layer).forward(layer, *args, **kwargs)
+        out = plain_class(layer).forward(layer, *args, **kwargs)
+        y, *more = out if isinstance(out, tuple) else (out,)
+        _whole(here, _tokens(y), layer)
+        pieces = []
+        for owner, start, stop in here.shares:
+            piece, patches = y.narrow(-2, start, stop - start), getattr(layer, CHILD)
+            for part in patches.parts_of(owner).values() if owner in patches else ():
+                piece = part(layer, lambda piece=piece: piece)
+            pieces.append(piece)
+        y = torch.cat(pieces, -2)
+        return (y, *more) if isinstance(out, tuple) else y
 
     return forward
 
@@ -249,9 +291,9 @@ def _random(weight: Tensor, *shape: int) -> Tensor:
 
 @torch.no_grad()
 def _same(module: nn.Module, forward: Callable, verdicts: dict[Any, bool]) -> bool:
-    """Whether the rewritten forward gives what the module's own gives; tried once per class and shape."""
+    """Whether the rewritten forward gives what the module's own gives; tried once per class, shape and traits."""
     weights = [parameter for parameter in module.parameters() if parameter.ndim]
-    kind = (type(module), weights[0].shape, weights[0].dtype)
+    kind = (type(module), weights[0].shape, weights[0].dtype, _traits(module))
     if kind not in verdicts:
         mode = module.training
         module.eval()
@@ -262,6 +304,12 @@ def _same(module: nn.Module, forward: Callable, verdicts: dict[Any, bool]) -> bo
         finally:
             module.train(mode)
     return verdicts[kind]
+
+
+def _traits(module: nn.Module) -> tuple:
+    """What modules of one class may differ in: a window, whether there are rotary positions, a scale."""
+    plain = ((name, value) for name, value in vars(module).items() if isinstance(value, int | float | str | None))
+    return tuple(sorted((name, repr(value)) for name, value in plain if name not in ("layer_idx", "training")))
 
 
 def _differs(module: nn.Module, forward: Callable) -> bool:

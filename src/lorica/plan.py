@@ -13,28 +13,28 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lorica import patch
+from lorica.account import Account
+from lorica.data.batch import Sampler
 from lorica.data.encoding import Example
-from lorica.data.pack import CPU_MICRO_TOKENS, micro_tokens, packs
+from lorica.data.pack import CPU_MICRO_TOKENS, divided, micro_tokens, packs
 from lorica.errors import LoricaError
 from lorica.formats import gguf_header
 from lorica.lowrank import LoRA
 from lorica.models.checkpoint import refused
 from lorica.models.loading import locate
-from lorica.models.machine import DTYPES, resolve_dtype
+from lorica.models.machine import DTYPES, resolve_device, resolve_dtype
 from lorica.passes import Passes
 
 # Of a peak measured on large products, what a training step reached (docs/LOG.md): its products are smaller.
@@ -43,7 +43,12 @@ EFFICIENCY = 0.55
 SLACK = 0.06
 # Bytes per parameter of a packed base: 4 bits and an fp32 scale per 64, or 8 bits and (nearly nothing) a scale per row.
 PACKED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
+# Starts that are made from weights, which a plan has not, and others that take the same room.
+LIKE = {"loftq": "kaiming", "pissa": "gradient"}
 GPT3 = "gpt3-175b"
+# Updates of a training that are looked at for the fullest pack, and how much fuller another must be able to be.
+LOOKED = 10_000
+FULLER = 1.02
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ class Work:
         labelled: share of the tokens that are predicted.
         micro_tokens: tokens of a pack.
         micro: most examples of a pack.
+        beside: adapters that are trained in the same passes: the method, targets, lengths and labelled share of each;
+            all else is as here.
     """
 
     method: patch.Method | None = field(default_factory=LoRA)
@@ -110,6 +117,27 @@ class Work:
     labelled: float = 1.0
     micro_tokens: int = CPU_MICRO_TOKENS
     micro: int | None = None
+    beside: Sequence[Work] = ()
+
+    @property
+    def everyone(self) -> tuple[Work, ...]:
+        """This one and those beside it."""
+        return (self, *self.beside)
+
+
+class Asked(NamedTuple):
+    """A training: its settings, what the model is given, what is trained, and the number of its updates."""
+
+    settings: Any
+    examples: Sequence[Example]
+    method: patch.Method
+    steps: int
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of all its updates."""
+        mean = sum(len(example.ids) for example in self.examples) / len(self.examples)
+        return mean * self.settings.batch * self.steps
 
 
 def config_of(thing: str) -> PretrainedConfig:
@@ -142,29 +170,32 @@ def predict(
         peak: FLOP/s of a matrix product in this dtype on this machine; with it, the time is predicted too.
         kind: the class that the config belongs to.
     """
-    examples = [row(length, work.labelled) for length in work.lengths]
-    pieces = packs(examples, work.micro, tokens=work.micro_tokens)
-    heaviest = max(pieces, key=lambda piece: sum(work.lengths[i] for i in piece))
-    found = _grown(config, work, tuple(work.lengths[i] for i in heaviest), again=len(pieces) > 1, kind=kind)
-    tokens = sum(work.lengths)
-    flops = found.flops * tokens / sum(work.lengths[i] for i in heaviest)
+    fullest = _fullest(work)
+    found = _grown(config, work, fullest, kind)
+    tokens = sum(map(sum, (each.lengths for each in work.everyone)))
+    flops = found.flops * tokens / sum(len(example.ids) for _, example in fullest)
     width = DTYPES[work.dtype].itemsize
     base = found.parameters * width
     if work.quantize != "none":
         base -= int(found.linear * (width - PACKED[work.quantize]))
-    # A parameter below fp32 is trained through an fp32 copy; an adapter is fp32 itself.
-    own = 0 if work.method is None and width == 4 else found.trainable * 4
-    grads = found.trainable * (width if work.method is None else 4)
     memory = Memory(
         process=psutil.Process().memory_info().rss if process is None else process,
         weights=base,
-        trained=own,
-        gradients=grads,
+        trained=found.own,
+        gradients=found.trainable * (width if work.method is None else 4),
         optimizer=found.trainable * 8,
         activations=int(found.live * (1 + SLACK)),
     )
     seconds = flops / (peak * EFFICIENCY) if peak else None
     return Prediction(memory, found.parameters, found.trainable, flops, tokens, seconds, work.checkpointing)
+
+
+def room(device: torch.device) -> tuple[int, int]:
+    """Bytes that this process may hold on a device, and those that it holds there now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], 0
+    held = psutil.Process().memory_info().rss
+    return psutil.virtual_memory().available + held, held
 
 
 def fitting(
@@ -181,11 +212,13 @@ def fitting(
 def advice(config: PretrainedConfig, work: Work, available: int, process: int | None = None) -> list[tuple[str, int]]:
     """What to change so that it takes less, cheapest first: (flag, bytes in all with it and those before)."""
     found = []
-    longest = max(work.lengths)
+    longest = max(max(each.lengths, default=0) for each in work.everyone)
+    halved = [tuple(min(length, longest // 2) for length in each.lengths) for each in work.everyone]
+    shorter = [dataclasses.replace(each, lengths=few) for each, few in zip(work.everyone, halved, strict=True)]
     for flag, change in (
         ("--micro 1", {"micro": 1, "micro_tokens": longest}),
         ("--checkpointing on", {"checkpointing": True}),
-        (f"--max-len {longest // 2}", {"lengths": tuple(min(each, longest // 2) for each in work.lengths)}),
+        (f"--max-len {longest // 2}", {"lengths": shorter[0].lengths, "beside": shorter[1:]}),
         ("--dtype bf16", {"dtype": "bf16"} if work.dtype == "fp32" else {}),
         ("--quantize nf4", {"quantize": "nf4", "dtype": "bf16"} if work.quantize == "none" else {}),
     ):
@@ -198,23 +231,65 @@ def advice(config: PretrainedConfig, work: Work, available: int, process: int | 
     return found
 
 
-def work_of(config: PretrainedConfig, settings: Any, examples: Sequence[Example], method: patch.Method) -> Work:
-    """The work of a training with these settings on these examples: an update of its longest rows."""
-    drawn = sorted(examples, key=lambda example: -len(example.ids))[: settings.batch]
-    tokens = sum(len(example.ids) for example in drawn)
+def work_of(*asked: Asked) -> Work:
+    """The work of a training, or of several in one pass: of the update whose fullest pack is the fullest of all."""
+    settings = asked[0].settings
     kind = resolve_dtype(settings.dtype, settings.device)
-    device = torch.device(settings.device if settings.device != "auto" else "cpu")
-    return Work(
-        method=method,
-        targets=settings.targets,
+    device = resolve_device(settings.device)
+    plain = Work(
         dtype=next(name for name, dtype in DTYPES.items() if dtype == kind),
         quantize=settings.quantize,
         checkpointing=settings.checkpointing == "on",
-        lengths=tuple(len(example.ids) for example in drawn),
-        labelled=sum(sum(example.loss[1:]) for example in drawn) / tokens,
         micro_tokens=micro_tokens(device, kind),
         micro=settings.micro,
     )
+    fullest, most = plain, 0
+    for drawn in _updates(asked):
+        tokens = [len(example.ids) for each in drawn for example in each]
+        if min(sum(tokens), max(plain.micro_tokens, *tokens)) <= most * FULLER:
+            continue  # no pack of this update can be fuller
+        works = [_drawn(plain, each, examples) for each, examples in zip(asked, drawn, strict=True)]
+        work = dataclasses.replace(works[0], beside=tuple(works[1:]))
+        if (held := sum(len(example.ids) for _, example in _fullest(work))) > most:
+            fullest, most = work, held
+    return fullest
+
+
+def _updates(asked: Sequence[Asked]) -> Iterator[list[list[Example]]]:
+    """What each training draws in each update; nothing after its last."""
+    samplers = [
+        islice(Sampler(len(each.examples), each.settings.batch, each.settings.seed), each.steps) for each in asked
+    ]
+    for _ in range(min(LOOKED, max(each.steps for each in asked))):
+        places = [next(sampler, []) for sampler in samplers]
+        yield [[each.examples[i] for i in drawn] for each, drawn in zip(asked, places, strict=True)]
+    if max(each.steps for each in asked) > LOOKED:  # the longest of all comes some day
+        yield [[max(each.examples, key=lambda example: len(example.ids))] for each in asked]
+
+
+def _drawn(plain: Work, asked: Asked, examples: Sequence[Example]) -> Work:
+    tokens = sum(len(example.ids) for example in examples)
+    return dataclasses.replace(
+        plain,
+        method=asked.method,
+        targets=asked.settings.targets,
+        lengths=tuple(len(example.ids) for example in examples),
+        labelled=sum(sum(example.loss[1:]) for example in examples) / max(1, tokens),
+    )
+
+
+def _fullest(work: Work) -> list[tuple[int, Example]]:
+    """The pack of an update that has most tokens: whose each row is, and the row."""
+    laid = [
+        (k, row(length, each.labelled))
+        for k, each in enumerate(work.everyone)
+        for length in sorted(each.lengths, reverse=True)
+    ]
+    if work.beside:
+        pieces = divided([len(example.ids) for _, example in laid], work.micro_tokens, work.micro)
+    else:
+        pieces = packs([example for _, example in laid], work.micro, tokens=work.micro_tokens)
+    return [laid[place] for place in max(pieces, key=lambda piece: sum(len(laid[i][1].ids) for i in piece))]
 
 
 @dataclass(frozen=True)
@@ -224,24 +299,22 @@ class _Traced:
     parameters: int
     linear: int
     trainable: int
+    own: int
     live: int
     flops: float
 
 
 def _grown(
-    config: PretrainedConfig,
-    work: Work,
-    lengths: tuple[int, ...],
-    again: bool = False,
-    kind: Any = AutoModelForCausalLM,
+    config: PretrainedConfig, work: Work, rows: Sequence[tuple[int, Example]], kind: Any = AutoModelForCausalLM
 ) -> _Traced:
     """The numbers of the whole model, from two small ones where its layers are alike."""
     layers = config.get_text_config().num_hidden_layers
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    if layers <= 4 or len(kinds) > 1 or hasattr(work.method, "blocks"):  # some blocks only: not alike
-        return _whole(_traced(_built(kind, config, layers, work.dtype), work, lengths, again))
+    some = any(hasattr(each.method, "blocks") for each in work.everyone)  # some blocks only: not alike
+    if layers <= 4 or len(kinds) > 1 or some:
+        return _whole(_traced(_built(kind, config, layers, work.dtype), work, rows))
     small = (_built(kind, config, count, work.dtype) for count in (2, 3))
-    few, more = (_traced(model, work, lengths, again) for model in small)
+    few, more = (_traced(model, work, rows) for model in small)
     slopes = [b - a for a, b in zip(dataclasses.astuple(few), dataclasses.astuple(more), strict=True)]
     start = dataclasses.astuple(few)
     return _whole(_Traced(*(a + (layers - 2) * slope for a, slope in zip(start, slopes, strict=True))))
@@ -251,30 +324,48 @@ def _whole(found: _Traced) -> _Traced:
     return _Traced(*(round(number) for number in dataclasses.astuple(found)))
 
 
-def _traced(model: Any, work: Work, lengths: tuple[int, ...], again: bool) -> _Traced:
-    """Run a pack through a model on the meta device; `again`, as the second of an update."""
+def _traced(model: Any, work: Work, rows: Sequence[tuple[int, Example]]) -> _Traced:
+    """Run a pack through a model on the meta device."""
     parameters = sum(each.numel() for each in model.parameters())
     linear = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D))
     if (head := model.get_output_embeddings()) is not None:
         linear -= head.weight.numel()
-    if work.method is None:
-        trainable = parameters
-    else:
-        patch.inject(model, work.method, work.targets)
-        trainable = sum(each.numel() for each in patch.trainable(model).values())
+    trained, held = _equipped(model, work)
     if work.checkpointing:
         checkpoint(model)
     model.train()
-    examples = [row(length, work.labelled) for length in lengths]
+    examples = [example for _, example in rows]
     passes = Passes(model, examples, 0, ways=("packed", "rows"))
-    account = Account(model)
-    for _ in range(1 + again):
-        account.flops = 0.0
-        with account, passes(model, examples, keys=range(len(examples))) as (loss, _):
-            loss.backward()
-    # Gradients stay, and are counted with what is trained.
-    held = sum(each.grad.numel() * each.grad.element_size() for each in model.parameters() if each.grad is not None)
-    return _Traced(parameters, linear, trainable, account.peak - held, account.flops)
+    for each in trained:
+        # A gradient that stays is counted with what is trained; lorica's in less than fp32 come and go.
+        each.grad = torch.zeros_like(each) if each.dtype == torch.float32 or work.method is None else None
+    grads = [each.grad for each in trained if each.grad is not None]
+    account = Account([*model.parameters(), *model.buffers(), *grads])
+    owners = [f"a{k}" for k, _ in rows] if work.beside else ()
+    with account, passes(model, examples, keys=range(len(examples)), owners=owners) as (loss, _):
+        loss.backward()
+    trainable = sum(each.numel() for each in trained)
+    # A parameter below fp32 is trained through an fp32 copy, beside its own; without lorica it is the base's.
+    low = sum(each.numel() * each.element_size() for each in trained if each.dtype != torch.float32)
+    own = 4 * (trainable + held) + low
+    if work.method is None:
+        own = 4 * trainable if low else 0
+    return _Traced(parameters, linear, trainable, own, account.peak, account.flops)
+
+
+def _equipped(model: Any, work: Work) -> tuple[list[nn.Parameter], int]:
+    """Put on a model what is trained: those parameters, and how many numbers are held beside them."""
+    if work.method is None:
+        return list(model.parameters()), 0
+    for k, each in enumerate(work.everyone):
+        like = LIKE.get(getattr(each.method, "init", ""))
+        method = dataclasses.replace(each.method, init=like) if like else each.method  # type: ignore[type-var, call-arg]
+        patch.inject(model, method, each.targets, f"a{k}")
+    records = [patch.installed(model, name) for name in patch.adapters(model)]
+    trained = [parameter for record in records for parameter in record.tensors().values()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return trained, sum(tensor.numel() for record in records for tensor in record.held().values())
 
 
 def checkpoint(model: Any) -> None:
@@ -306,72 +397,3 @@ def row(length: int, labelled: float = 1.0) -> Example:
     """A row of so many tokens, the last of which are predicted."""
     first = min(length - 1, max(1, round(length * (1 - labelled))))
     return Example([0] * length, [i >= first for i in range(length)])
-
-
-class Account(TorchDispatchMode):
-    """Keeps count of the bytes of all tensors made in a block and still alive, and of the operations on matrices.
-
-    The model's own parameters do not count, nor views of anything.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.flops = 0.0
-        self._held = {each.untyped_storage()._cdata for each in (*model.parameters(), *model.buffers())}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.flops += _flops(func, args)
-        for tensor in tree_leaves(out):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._held:
-                self._held.add(storage._cdata)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-        return out
-
-    def _gone(self, key: int, size: int) -> None:
-        self._held.discard(key)
-        self.live -= size
-
-
-_PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")
-
-
-def _flops(func: Any, args: Sequence[Any]) -> float:
-    """Operations of a matrix product, or of attention in one kernel: half a square each way, 2 products and then 5."""
-    name = func._schema.name.removeprefix("aten::")
-    if name in _PRODUCTS:
-        a, b = [each for each in args if isinstance(each, torch.Tensor)][-2:]
-        return 2.0 * a.numel() * b.shape[-1]
-    if name.startswith("_scaled_dot_product") and name.endswith(("for_cpu", "for_cpu_backward")):
-        q = args[1] if name.endswith("backward") else args[0]
-        return (5 if name.endswith("backward") else 2) * q.numel() * q.shape[-2]
-    return 0.0
-
-
-def gpt3_claims() -> list[tuple[str, str, float, str]]:
-    """The paper's claims on GPT-3 175B (section 4.2) by arithmetic: (what, how, number, what the paper says).
-
-    Adam's memory is that of weights and two moments in fp16, which the paper's 1.2 TB has beside what it does not
-    list; with fp32 moments and masters, as mixed precision has them, it is 16 bytes per parameter.
-    """
-    config = config_of(GPT3)
-    found = _grown(config, Work(LoRA(r=4), "qv", "fp16", lengths=(8,)), (8,))
-    full, few = found.parameters, found.trainable
-    return [
-        ("parameters", "96 layers of width 12288", full, "175B"),
-        ("trained by LoRA", "r = 4 on q and v: 96 * 2 * 4 * (12288 + 12288)", few, "18.9M (37.7M with r = 8)"),
-        ("fewer parameters", "parameters / trained", full / few, "10,000x"),
-        ("checkpoint, full", "2 bytes each", 2 * full, "350 GB"),
-        ("checkpoint, LoRA", "2 bytes each", 2 * few, "35 MB"),
-        ("100 tasks, full", "100 checkpoints", 200 * full, "35 TB"),
-        ("100 tasks, LoRA", "weights + 100 adapters", 2 * full + 200 * few, "354 GB"),
-        ("memory, Adam", "weights and two moments, 2 bytes each", 6 * full, "1.2 TB"),
-        ("memory, Adam mixed", "2 + 2 + 4 + 4 + 4 bytes", 16 * full, "not given"),
-        ("memory, LoRA", "weights in 2 bytes, 16 per trained", 2 * full + 16 * few, "350 GB"),
-    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,9 @@ def test_a_grid_is_trained_ranked_and_left_as_runs(task, tmp_path, capsys):
     assert main(["plot", *(str(out / name) for name in names), "-o", str(tmp_path / "all.png")]) == 0
     for name in names:
         assert f"{name}   held out " in said.err
+    (planned,) = [line for line in said.err.splitlines() if line.startswith("plan    ")]
+    assert "B of " in planned and "of updates" in planned
+    assert re.search(r"tok/s   peak [\d.]+ [GM]B$", lines[-2])
 
 
 def test_json_is_one_object_and_a_member_repeats_alone(task, tmp_path, capsys):

@@ -12,11 +12,13 @@ import torch
 
 import lorica
 from families import FAMILIES
-from lorica import Adapter, LoricaError, TrainSettings, evaluate
+from lorica import Adapter, LoricaError, TrainSettings, evaluate, plan
 from lorica.data import Example
 from lorica.data.pack import divided
 from lorica.train import many
 from lorica.train.examples import prepare
+from lorica.train.forecast import forecast
+from lorica.train.recipe import method_of
 
 PLAIN = TrainSettings(steps=5, batch=4, lr=1e-2, eval_every=2, save_every=1e9, sample=0, rank=2, seed=0)
 
@@ -84,6 +86,24 @@ def test_packs_that_cut_through_a_members_batch_change_nothing(fresh, tok, rows,
         assert same_as_alone(sweep.path / name, fresh, tok, rows, UNLIKE[name], tmp_path)
 
 
+def test_a_gradient_too_large_for_the_format_is_made_again_smaller(fresh, tok, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(many, "loss_scales", lambda dtype: (1e38, 2.0, 1.0))
+    members = {"a": changed(), "b": changed(rank=5, lr=3e-3)}
+    sweep = many.train(fresh(), tok, rows, members, out=tmp_path / "s")
+    for name, settings in members.items():
+        assert same_as_alone(sweep.path / name, fresh, tok, rows, settings, tmp_path)
+
+
+def test_a_base_in_fp16_trains_its_members_as_each_alone(fresh, tok, rows, tmp_path):
+    members = {"a": changed(), "b": changed(rank=5, lr=3e-3)}
+    sweep = many.train(fresh().half(), tok, rows, members, out=tmp_path / "s")
+    for name, settings in members.items():
+        alone = lorica.train(fresh().half(), tok, rows, settings, out=tmp_path / name)
+        for mine, theirs in zip(logged(sweep.path / name, "step"), logged(alone.path, "step"), strict=True):
+            assert mine["norm"] == pytest.approx(theirs["norm"], rel=0.02)
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.005)
+
+
 def test_smoothing_and_checkpointing_change_a_member_as_they_change_a_run(fresh, tok, rows, tmp_path):
     members = {name: changed(label_smoothing=0.1, checkpointing="on", rank=rank) for name, rank in (("a", 2), ("b", 3))}
     sweep = many.train(fresh(), tok, rows, members, out=tmp_path / "s")
@@ -95,6 +115,23 @@ def test_fused_projections_and_conv1d_are_exact_too(tok, rows, tmp_path):
     sweep = many.train(FAMILIES["gpt2"](), tok, rows, members, out=tmp_path / "s")
     for name, settings in members.items():
         assert same_as_alone(sweep.path / name, FAMILIES["gpt2"], tok, rows, settings, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["adapter-h", "adapter-l", "adapter-p", "adapter-d"])
+def test_adapter_layers_share_a_pass_too(method, fresh, tok, rows, tmp_path):
+    members = {
+        "a": changed(method=method, rank=8, bottleneck=4, steps=3),
+        "b": changed(method=method, rank=8, bottleneck=6, activation="gelu", lr=3e-3, batch=3, seed=1),
+    }
+    sweep = many.train(fresh(), tok, rows, members, out=tmp_path / "s")
+    for name, settings in members.items():
+        assert same_as_alone(sweep.path / name, fresh, tok, rows, settings, tmp_path)
+
+
+def test_lora_beside_an_adapter_layer_is_refused_where_both_are_on_one_matrix(fresh, tok, rows, tmp_path):
+    members = {"a": changed(), "b": changed(method="adapter-h", rank=8)}
+    with pytest.raises(LoricaError, match="b: .*o_proj is no matrix that the kernels know"):
+        many.train(fresh(), tok, rows, members, out=tmp_path / "s")
 
 
 def poisoned(model, letter):
@@ -238,6 +275,51 @@ def test_the_folder_holds_runs_a_ranking_and_pictures(swept):
     losses = [row.after for row in sweep.rows]
     assert losses == sorted(losses)
     assert [row.worse is None for row in sweep.rows] == [True] + [False] * (len(UNLIKE) - 1)
+
+
+def test_what_a_sweep_takes_is_planned_before_and_measured_after(swept):
+    _, sweep = swept
+    (planned,) = {logged(sweep.path / name, "start")[0]["predicted_bytes"] for name in UNLIKE}
+    told = json.loads((sweep.path / "sweep.json").read_text())
+    assert told["predicted_bytes"] == planned > 1e8
+    assert told["peak_rss_bytes"] == sweep.peak_rss_bytes > 1e8
+
+
+def test_the_forecast_of_a_sweep_adds_up_its_members(fresh, tok, rows):
+    model, data = fresh(), prepare(rows, tok, PLAIN)
+    members = {"a": changed(), "b": changed(rank=5, targets="qv", steps=9, batch=6)}
+    for name, settings in members.items():
+        lorica.inject(model, method_of(settings), settings.targets, name)
+    ahead = forecast(model, {name: (data, settings) for name, settings in members.items()})
+    assert [each.method.r for each in ahead.work.everyone] == [2, 5]
+    q, kv, mlp = 16 + 16, 16 + 8, 16 + 24
+    trained = 2 * (2 * (2 * q + 2 * kv + 3 * mlp) + 5 * (q + kv))
+    parts = plan.predict(model.config, ahead.work, ahead.process).memory
+    assert parts.trained == parts.gradients == 4 * trained and parts.optimizer == 8 * trained
+    assert parts.total == ahead.total_bytes and ahead.seconds > 0
+
+
+def test_a_sweep_that_would_not_fit_computes_activations_again(fresh, tok, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "room", lambda device: (1, 1))
+    model, seen = fresh(), {"start": set(), "step": set()}
+
+    def report(event):
+        if event["kind"] in seen:
+            seen[event["kind"]].add((event.get("checkpointing"), model.is_gradient_checkpointing))
+
+    members = {"a": changed(), "b": changed(rank=5)}
+    sweep = many.train(model, tok, rows, members, out=tmp_path / "s", report=report)
+    assert seen == {"start": {(True, False)}, "step": {(None, True)}} and not model.is_gradient_checkpointing
+    assert same_as_alone(sweep.path / "b", fresh, tok, rows, members["b"], tmp_path)
+
+
+def test_a_sweep_that_runs_out_of_memory_says_what_lowers_it(fresh, tok, rows, tmp_path):
+    def report(event):
+        if event["kind"] == "step":
+            raise MemoryError
+
+    with pytest.raises(LoricaError, match="(?s)out of memory .*--micro 1"):
+        many.train(fresh(), tok, rows, {"a": changed(), "b": changed(rank=5)}, out=tmp_path / "s", report=report)
 
 
 def test_members_are_measured_as_a_run_alone_is(swept, tok, rows):

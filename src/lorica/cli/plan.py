@@ -13,7 +13,7 @@ from lorica.cli.parse import Common, WrongUse
 from lorica.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from lorica.plan import Prediction, Work
+    from lorica.plan import Asked, Prediction, Work
 
 
 @dataclass(kw_only=True)
@@ -40,65 +40,64 @@ def run(settings: Settings) -> int | dict[str, Any]:
         raise WrongUse("MODEL is missing\nsee lorica plan --help")
     if settings.task not in ("auto", "lm"):
         raise WrongUse(f"memory and time are planned for language models only, not for --task {settings.task}")
-    import psutil
 
-    from lorica import plan
-    from lorica.cli.terminal import size, table
+    from lorica import counts, plan
+    from lorica.cli.terminal import table
     from lorica.models import machine
     from lorica.train.recipe import in_words, method_of
 
     config = plan.config_of(settings.model)
     method = method_of(settings)
-    work, steps, note = _work(settings, config, method)
-    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    found, fits = plan.fitting(config, work, available)
+    asked = _asked(settings, method)
+    work = plan.work_of(asked)
+    device = machine.resolve_device(settings.device)
+    available, process = plan.room(device)
+    found, fits = plan.fitting(config, work, available, process)
     work = dataclasses.replace(work, checkpointing=found.checkpointing)
     every = {f"{settings.method} {in_words(method, settings.targets)}, {work.dtype}": work} | _others(work)
-    rows = {name: plan.predict(config, each, peak=machine.gemm_peak(each.dtype)) for name, each in every.items()}
+    peaks = {each.dtype: machine.gemm_peak(each.dtype, str(device)) for each in every.values()}
+    rows = {name: plan.predict(config, each, process, peaks[each.dtype]) for name, each in every.items()}
     found = next(iter(rows.values()))
-    changes = [] if fits else plan.advice(config, work, available)
+    changes = [] if fits else plan.advice(config, work, available, process)
+    tokens = asked.tokens if settings.data else None
     told = {
         "model": settings.model,
         "parameters": found.parameters,
         "trainable": found.trainable,
         "available_bytes": available,
         "fits": fits,
-        "steps": steps,
+        "steps": asked.steps if settings.data else None,
         "update_tokens": found.tokens,
-        "gemm_flops": machine.gemm_peak(work.dtype),
-        "plans": {name: _plain(each, steps) for name, each in rows.items()},
+        "gemm_flops": peaks[work.dtype],
+        "plans": {name: _plain(each, tokens) for name, each in rows.items()},
         "advice": [{"change": flag, "total_bytes": total} for flag, total in changes],
     }
-    claims = plan.gpt3_claims() if settings.model == plan.GPT3 else []
+    claims = counts.gpt3_claims() if settings.model == plan.GPT3 else []
     if claims:
         told["paper"] = [dict(zip(("what", "how", "number", "paper"), claim, strict=True)) for claim in claims]
     if settings.json:
         return told
     head = ("", "weights", "trained", "gradients", "Adam", "activations", "process", "in all", "an update")
     table(head, [_row(name, each) for name, each in rows.items()])
-    _say_rest(settings, told, found, note, size)
+    _say_rest(settings, told, asked, found)
     for what, how, number, paper in claims:
         _say_claim(what, how, number, paper)
     return told
 
 
-def _work(settings: Settings, config: Any, method: Any) -> tuple[Work, int | None, str]:
-    """The work of one update, the number of updates where there is data, and where the lengths came from."""
+def _asked(settings: Settings, method: Any) -> Asked:
+    """The training: on the data, or a single update on rows of --len tokens."""
     from lorica import models, plan
     from lorica.insertion import Insertion
     from lorica.train.examples import prepare
     from lorica.train.settings import number_of_steps
 
-    if settings.data:
-        prepared = prepare(settings.data, models.load_tokenizer(settings.model), settings)
-        own = Insertion(0, *getattr(method, "inserts", (0, 0)))
-        given = [each for example in prepared.train for each in own.examples(example)]
-        work = plan.work_of(config, settings, given, method)
-        lengths = sorted(map(lambda example: len(example.ids), given))
-        note = f"its {settings.batch} longest rows of {len(lengths):,}, {lengths[-1]:,} tokens and less"
-        return work, number_of_steps(settings, len(given)), note
-    examples = [plan.row(settings.len)] * settings.batch
-    return plan.work_of(config, settings, examples, method), None, f"{settings.batch} rows of {settings.len:,} tokens"
+    if not settings.data:
+        return plan.Asked(settings, [plan.row(settings.len)] * settings.batch, method, 1)
+    prepared = prepare(settings.data, models.load_tokenizer(settings.model), settings)
+    own = Insertion(0, *getattr(method, "inserts", (0, 0)))
+    given = [each for example in prepared.train for each in own.examples(example)]
+    return plan.Asked(settings, given, method, number_of_steps(settings, len(given)))
 
 
 def _others(work: Work) -> dict[str, Work]:
@@ -121,20 +120,24 @@ def _row(name: str, found: Prediction) -> tuple[str, ...]:
     return (name, *(size(part) for part in parts), size(memory.total), _time(found.seconds))
 
 
-def _plain(found: Prediction, steps: int | None) -> dict[str, Any]:
-    whole = {"seconds": found.seconds * steps} if steps and found.seconds else {}
+def _plain(found: Prediction, tokens: float | None) -> dict[str, Any]:
+    whole = {"seconds": found.seconds / found.tokens * tokens} if tokens and found.seconds else {}
     return dataclasses.asdict(found) | {"total_bytes": found.memory.total} | {"run": whole}
 
 
-def _say_rest(settings: Settings, told: dict[str, Any], found: Prediction, note: str, size: Any) -> None:
-    from lorica.cli.terminal import say
+def _say_rest(settings: Settings, told: dict[str, Any], asked: Asked, found: Prediction) -> None:
+    from lorica.cli.terminal import say, size
 
     share = found.trainable / found.parameters
+    rows = f"{settings.batch} rows of {settings.len:,} tokens"
+    if settings.data:
+        longest = max(len(example.ids) for example in asked.examples)
+        rows = f"the one with the fullest pack; of {len(asked.examples):,} rows the longest has {longest:,} tokens"
     say()
     say(f"{'model':<8}{found.parameters:,} parameters, {found.trainable:,} trained ({share:.3%})")
-    say(f"{'update':<8}{note}: {found.tokens:,} tokens, {found.flops / 1e9:,.0f} GFLOP")
-    if found.seconds and told["steps"]:
-        say(f"{'run':<8}{told['steps']:,} updates, at most {_time(found.seconds * told['steps'])}")
+    say(f"{'update':<8}{rows}: {found.tokens:,} tokens, {found.flops / 1e9:,.0f} GFLOP")
+    if found.seconds and settings.data:
+        say(f"{'run':<8}{asked.steps:,} updates, about {_time(found.seconds / found.tokens * asked.tokens)}")
     words = "fits" if told["fits"] else "does not fit"
     how = " with checkpointing" if found.checkpointing else ""
     say(f"{'memory':<8}{words}{how}: {size(found.memory.total)} of {size(told['available_bytes'])}")

@@ -128,13 +128,14 @@ def result(swept: Sweep) -> dict[str, Any]:
         for row in swept.rows
     ]
     told = {"sweep": str(swept.path), "pick": swept.pick, "why": swept.why, "members": rows}
-    return told | {"seconds": swept.seconds, "tokens": swept.tokens, "notes": list(swept.notes)}
+    told |= {"seconds": swept.seconds, "tokens": swept.tokens, "peak_rss_bytes": swept.peak_rss_bytes}
+    return told | {"notes": list(swept.notes)}
 
 
 def _say(swept: Sweep) -> None:
     from lorica.cli.terminal import say
     from lorica.train.ranking import cells
-    from lorica.train.report import duration
+    from lorica.train.report import duration, size
 
     _table(cells(swept.rows))
     say()
@@ -142,7 +143,8 @@ def _say(swept: Sweep) -> None:
     for note in swept.notes:
         say(f"note: {note}")
     pace = f"{swept.tokens / swept.seconds:,.0f} tok/s" if swept.seconds else ""
-    say(f"{swept.path}   README.md   sweep.json   {duration(swept.seconds)}   {pace}")
+    took = f"{duration(swept.seconds)}   {pace}   peak {size(swept.peak_rss_bytes)}"
+    say(f"{swept.path}   README.md   sweep.json   {took}")
     if swept.pick:
         say(f"next:  lorica chat {swept.path / swept.pick}      lorica eval {swept.path / swept.pick} test.jsonl")
     else:
@@ -181,12 +183,14 @@ class _Board:
             show(event["member"], event)
 
     def _start(self, member: str, event: Mapping[str, Any]) -> None:
-        from lorica.train.report import number
+        from lorica.train.report import number, planned
 
         if not self.steps:
             self._line(f"model   {event['model']}   {number(event['parameters'])} {event['dtype']}   {event['device']}")
             held = f"{event['held_out']:,} held out"
             self._line(f"data    {Path(event['data']).name or 'examples'}   {event['train']:,} train, {held}")
+            for label, text in planned(event):
+                self._line(f"{label:<8}{text}")
             self._line(f"out     {Path(event['run']).parent}")
         self.steps[member] = event["steps"]
         rate = f"lr {event['lr']:g} {event['schedule']}"

@@ -150,8 +150,10 @@ def attention(
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     unknown = [name for name in ("position_bias", "s_aux", "cache") if kwargs.get(name) is not None]
-    if unknown or attention_mask is not None or key.shape[2] != query.shape[2] != here.starts[-1]:
-        raise NotImplementedError(f"attention within documents takes no {', '.join(unknown) or 'mask and no cache'}")
+    whole = all(states.shape[0] == 1 and states.shape[2] == here.starts[-1] for states in (query, key))
+    if unknown or attention_mask is not None or not whole:
+        what = ", ".join(unknown) or "mask, no cache and no other row"
+        raise NotImplementedError(f"attention within documents takes no {what}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = tuple(states[0].transpose(0, 1) for states in (query, key, value))
     window = sliding_window if sliding_window and sliding_window < max(here.lengths) else None

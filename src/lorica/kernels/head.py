@@ -50,22 +50,25 @@ class LabelledLoss(torch.autograd.Function):
         few = rows if h.is_cuda else max(1, min(rows, CACHED // W.shape[0]))
         buffer = torch.empty(rows, W.shape[0], dtype=h.dtype, device=h.device)
         wide = torch.empty(few, W.shape[0], dtype=torch.float32, device=h.device)
+        # Kept small weights would push the gradient of rare words below fp16's least number.
+        most = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
+        shares = weights / most
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
             logits = mm_rows(h[part], W, buffer[: len(h[part])])
-            each = (found.split(few) for found in (logits, wanted[part], weights[part], nll[part]))
+            each = (found.split(few) for found in (logits, wanted[part], shares[part], nll[part]))
             for now, goal, weight, out in zip(*each, strict=True):
                 now.copy_(_into_gradient(now, wide, b, goal, weight, out, shape, smooth))
             if dh is not None:
                 mm_columns(logits, W, dh[part])
-        ctx.save_for_backward(*(() if dh is None else (dh,)))
+        ctx.save_for_backward(*(() if dh is None else (dh, most)))
         ctx.mark_non_differentiable(nll)
         return (nll * weights).sum(), nll
 
     @staticmethod
     def backward(ctx, dloss: Tensor, _):
-        (dh,) = ctx.saved_tensors
-        return dh * dloss.to(dh.dtype), *[None] * 6
+        dh, most = ctx.saved_tensors
+        return dh * (dloss * most).to(dh.dtype), *[None] * 6
 
 
 def _into_gradient(

@@ -2,8 +2,8 @@
 
 Documents up to `SHORT` tokens are padded to the longest of their like and multiplied together: their probabilities are
 kept, and three products make the backward pass, half the time of a kernel that computes them again. A longer document
-goes through torch's flash kernel by itself. Products run in the model's number format where the CPU multiplies bf16 in
-tiles, in fp32 elsewhere; scores and softmax are fp32 always.
+goes through torch's flash kernel by itself. Products run in the format that `precision` says, fp32 on a CPU without
+tiles; scores and softmax are fp32 always, and what is kept of q, k and v stays in the format in which they came.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from lorica.kernels.precision import in_tiles
+from lorica.kernels.precision import computes_in
 
 SHORT = 128
 LIKE = 64  # short documents of 1 to 64 tokens are padded together, and those of 65 to 128
@@ -98,8 +98,8 @@ class Within(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, where: Layout, causal: bool, scale: float) -> Tensor:
-        shape, dtype = q.shape, q.dtype
-        q, k, v = (states.to(_computes_in(dtype)).reshape(-1, shape[-1]) for states in (q, k, v))
+        given, shape, dtype = (q, k, v), q.shape, q.dtype
+        q, k, v = _rows(*given)
         pieces, kept = [], []
         for bucket in where.buckets:
             query, key, value = _gathered(bucket, q, k, v)
@@ -113,7 +113,7 @@ class Within(torch.autograd.Function):
             found, logsumexp = _flash(*states, 0.0, causal, scale=scale)
             kept += [found, logsumexp]
             pieces.append(found.flatten(0, 2))
-        ctx.save_for_backward(q, k, v, *kept)
+        ctx.save_for_backward(*given, *kept)
         ctx.how = (where, causal, scale, shape, dtype)
         return torch.cat(pieces).index_select(0, where.back).view(shape).to(dtype)
 
@@ -121,6 +121,7 @@ class Within(torch.autograd.Function):
     def backward(ctx, dout: Tensor):
         q, k, v, *kept = ctx.saved_tensors
         where, causal, scale, shape, dtype = ctx.how
+        q, k, v = _rows(q, k, v)
         dout = dout.to(q.dtype).reshape(-1, shape[-1])
         pieces: tuple[list[Tensor], ...] = ([], [], [])
         for bucket, share in zip(where.buckets, kept, strict=False):
@@ -145,6 +146,12 @@ class Within(torch.autograd.Function):
         return dq.to(dtype), dk.to(dtype), dv.to(dtype), None, None, None
 
 
+def _rows(*each: Tensor) -> list[Tensor]:
+    """States ``[T, heads, dim]`` as rows ``[T heads, dim]`` in the format of the products."""
+    dtype = computes_in(each[0], small=True)
+    return [states.to(dtype).reshape(-1, states.shape[-1]) for states in each]
+
+
 def _gathered(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """The states of a bucket ``[heads n, L, dim]`` from those of all rows, each key once for every query's head."""
     each = ((q, bucket.queries), (k, bucket.keys), (v, bucket.keys))
@@ -164,7 +171,3 @@ def _heads_first(heads: int, start: int, stop: int, *each: Tensor) -> tuple[Tens
         (states if len(states) == heads else states.repeat_interleave(heads // len(states), 0))[None]
         for states in found
     )
-
-
-def _computes_in(dtype: torch.dtype) -> torch.dtype:
-    return dtype if in_tiles(dtype) else torch.float32

@@ -74,10 +74,15 @@ _ENTRIES = (
     Entry("full", "methods.selections:Full", "every parameter", (), lr=0.1),
     Entry("top2", "methods.selections:Top", "the last blocks (2)", ("blocks",), lr=0.1),
     Entry("bitfit", "methods.selections:BitFit", "every bias", ("add_biases",), lr=8.0),
-    Entry("adapter-h", f"{_ADAPTERS}:AdapterH", "layers after attention and MLP (Houlsby)", _BOTTLENECK, lr=0.5),
-    Entry("adapter-l", f"{_ADAPTERS}:AdapterL", "layers after blocks, with a LayerNorm (Lin)", _BOTTLENECK, lr=0.5),
-    Entry("adapter-p", f"{_ADAPTERS}:AdapterP", "layers after MLP and LayerNorm (Pfeiffer)", _BOTTLENECK, lr=0.5),
-    Entry("adapter-d", f"{_ADAPTERS}:AdapterD", "adapter-p in the upper blocks", (*_BOTTLENECK, "blocks"), lr=0.5),
+    *(
+        Entry(f"adapter-{letter}", f"{_ADAPTERS}:Adapter{letter.upper()}", what, reads, lr=0.5, shares=True)
+        for letter, what, reads in (
+            ("h", "layers after attention and MLP (Houlsby)", _BOTTLENECK),
+            ("l", "layers after blocks, with a LayerNorm (Lin)", _BOTTLENECK),
+            ("p", "layers after MLP and LayerNorm (Pfeiffer)", _BOTTLENECK),
+            ("d", "adapter-p in the upper blocks", (*_BOTTLENECK, "blocks")),
+        )
+    ),
     Entry("prefix-embedding", f"{_TOKENS}:PrefixEmbedding", "embeddings of special tokens", _PREFIX, 15, neutral=False),
     Entry("prefix-layer", f"{_TOKENS}:PrefixLayer", "activations of special tokens", _PREFIX, 15, neutral=False),
     Entry("lora+prefix-embedding", f"{_TOKENS}:LoRAPrefixEmbedding", "both", _BESIDE, neutral=False),

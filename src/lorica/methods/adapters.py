@@ -52,6 +52,8 @@ class Bottleneck(nn.Module):
     Its matrices are fp32 whatever the base is kept in, as LoRA's.
     """
 
+    by_token: ClassVar[bool] = True  # it asks for the layer's output once, and changes each token of it by itself
+
     def __init__(self, d: int, r: int, activation: str, norm: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d, dtype=torch.float32) if norm else nn.Identity()
@@ -82,6 +84,8 @@ class Bottleneck(nn.Module):
 
 class BeforeNorm(Bottleneck):
     """``LN(z + update(LN(z)))`` at the norm that ends a block, for ``z [..., d]``."""
+
+    by_token: ClassVar[bool] = False
 
     def forward(self, layer: nn.Module, base: Callable[..., Tensor], z: Tensor) -> Tensor:
         """The norm of what it is given and of the update of its own output."""

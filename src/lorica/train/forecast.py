@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -48,32 +48,44 @@ class Forecast:
         }
 
 
-def forecast(model: Any, data: Prepared, settings: TrainSettings) -> Forecast:
-    """The plan for this training. Activations are kept unless that does not fit, or the settings say otherwise."""
+def forecast(model: Any, members: Mapping[str, tuple[Prepared, TrainSettings]]) -> Forecast:
+    """The plan for a training of one adapter, or of several in one pass; `members` by the name each has on the model.
+
+    What is trained, its gradients and the optimizer's state are sums over the members, activations are those of the
+    fullest pack that they share. Activations are kept unless that does not fit, or the settings say otherwise.
+    """
     device = next(model.parameters()).device
-    every = [*model.parameters(), *(each for _, each in patch.base_parameters(model))]  # the base's too, if displaced
-    weights = sum(each.numel() * each.element_size() for each in {id(each): each for each in every}.values())
-    if device.type == "cuda":
-        available, process = torch.cuda.mem_get_info(device)[0] + weights, 0
-    else:
-        process = max(0, _resident(model) - weights)
-        available = psutil.virtual_memory().available + process + weights
+    available, process = _memory(model, device)
+    settings = next(iter(members.values()))[1]
     wanted = settings.checkpointing == "on"
     if task_of(model).name != "lm":
         return Forecast(wanted, available, why="memory and time are forecast for language models only")
+    asked = []
+    for name, (data, each) in members.items():
+        here = dataclasses.replace(each, device=str(device))
+        method, steps = patch.installed(model, name).method, number_of_steps(each, len(data.given))
+        asked.append(plan.Asked(here, data.given, method, steps))
     try:
-        work = plan.work_of(model.config, settings, data.given, patch.installed(model).method)
+        work = plan.work_of(*asked)
         peak = machine.gemm_peak(work.dtype, str(device))
         found = plan.predict(model.config, work, process, peak, type(model))
         if settings.checkpointing == "auto" and found.memory.total > available:
-            found, _ = plan.fitting(model.config, work, available, process)
-    except _NO_PLAN:
-        return Forecast(wanted, available)
-    steps = number_of_steps(settings, len(data.given))
-    # The plan is of an update of the longest rows; time goes by all of them.
-    share = sum(len(example.ids) for example in data.given) / len(data.given) * settings.batch / found.tokens
-    seconds = found.seconds * steps * share if found.seconds else None
-    return Forecast(found.checkpointing or wanted, available, found.memory.total, seconds, work, process)
+            again = dataclasses.replace(work, checkpointing=True)
+            found = plan.predict(model.config, again, process, peak, type(model))
+    except _NO_PLAN as fault:
+        return Forecast(wanted, available, why=f"{type(fault).__name__} {(str(fault).splitlines() or [''])[0]}".strip())
+    # The plan is of one update; time goes by the tokens of all.
+    seconds = found.seconds and found.seconds / found.tokens * sum(each.tokens for each in asked)
+    return Forecast(found.checkpointing, available, found.memory.total, seconds, work, process)
+
+
+def _memory(model: Any, device: torch.device) -> tuple[int, int]:
+    """Bytes that this process may hold with the model, and those that it holds without."""
+    every = [*model.parameters(), *(each for _, each in patch.base_parameters(model))]  # the base's too, if displaced
+    weights = sum(each.numel() * each.element_size() for each in {id(each): each for each in every}.values())
+    _read(model)
+    available, held = plan.room(device)
+    return (available + weights, 0) if device.type == "cuda" else (available, max(0, held - weights))
 
 
 @contextlib.contextmanager
@@ -102,8 +114,7 @@ def _short(model: Any, ahead: Forecast) -> LoricaError:
     )
 
 
-def _resident(model: nn.Module) -> int:
-    """Bytes that this process holds in memory, with all weights: a checkpoint that is mapped is read in first."""
+def _read(model: nn.Module) -> None:
+    """Have all weights in memory: a checkpoint that is mapped is read in when it is first used."""
     for parameter in model.parameters():
         parameter.detach().flatten()[:: 4096 // parameter.element_size()].sum()
-    return psutil.Process().memory_info().rss

@@ -13,7 +13,7 @@ from lorica.train.settings import TrainSettings
 
 FIELDS = (
     "rank", "alpha", "dropout", "targets", "scaling", "init", "lr", "lr_ratio", "epochs", "steps", "batch", "schedule",
-    "warmup", "clip", "weight_decay", "betas", "seed", "dora",
+    "warmup", "clip", "weight_decay", "betas", "seed", "dora", "bottleneck", "activation", "blocks",
 )  # fmt: skip
 ALIASES = {
     "r": "rank",

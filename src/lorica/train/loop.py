@@ -71,7 +71,6 @@ def updates(
     `model` is as `accelerator.prepare` returned it, `settings.lr` is a number. The gradients of an update stay until
     the next. Raises `guards.NotFinite` before an update that would spoil the weights.
     """
-    scales = FP16_SCALES if passes.dtype == torch.float16 else (1.0,)
     for step in range(first, steps + 1):
         began = time.perf_counter()
         drawn = next(sampler)
@@ -79,7 +78,7 @@ def updates(
         set_seed(random.Random(f"{settings.seed}:{step}:{accelerator.process_index}").getrandbits(31))
         keys = dropout_keys(settings.seed, step, drawn)
         model.train()
-        for scale in scales:
+        for scale in loss_scales(passes.dtype):
             optimizer.clear()
             spent = _backward(model, batch, keys, accelerator, settings.micro, passes, scale)
             # Both are read at once: each reading waits for the device.
@@ -92,6 +91,11 @@ def updates(
         optimizer.step(lr)
         tokens = sum(len(example.ids) for example in batch)
         yield Update(step, loss, lr, norm, tokens, labels_in(batch), time.perf_counter() - began)
+
+
+def loss_scales(dtype: torch.dtype) -> tuple[float, ...]:
+    """What the loss of an update is multiplied by, on a base of this format: one after the other, until it fits."""
+    return FP16_SCALES if dtype == torch.float16 else (1.0,)
 
 
 def dropout_keys(seed: int, step: int, drawn: Sequence[int]) -> list[int]:

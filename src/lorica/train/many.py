@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -35,24 +34,22 @@ from lorica.data import Example
 from lorica.data.pack import divided, micro_tokens
 from lorica.errors import LoricaError, all_faults
 from lorica.evaluate.causal import evaluating
-from lorica.methods import METHODS
 from lorica.passes import Passes
-from lorica.targets import CHILD
-from lorica.tasks import task_of
 from lorica.train import guards, ranking, start
 from lorica.train.examples import Prepared, labels_in, prepare
 from lorica.train.folder import new
-from lorica.train.forecast import Forecast, arranged
-from lorica.train.member import Member, Report
+from lorica.train.forecast import arranged, forecast
+from lorica.train.loop import loss_scales
+from lorica.train.member import Drawn, Member, Report
+from lorica.train.memory import peak_rss_bytes
 from lorica.train.ranking import Row
 from lorica.train.recipe import method_of
 from lorica.train.run import stoppable
 from lorica.train.settings import TrainSettings
 from lorica.train.setup import about, facts, resolved
+from lorica.train.sharing import own_dropout, unusable
 from lorica.train.sitting import Stop
 
-# What all members have in common, because there is one base and one pass.
-SHARED = ("dtype", "device", "quantize", "micro", "checkpointing", "label_smoothing")
 # What decides which examples a member gets from a source.
 _READING = ("map", "prompt", "completion", "system", "held_out", "max_len", "eval_rows")
 REFUSED = "these adapters cannot be trained together:"
@@ -67,7 +64,7 @@ class Sweep:
         path: the folder: a run folder per member, sweep.json, README.md, pictures.
         rows: the members, best first.
         pick: the member to go on with, empty where none can be told; `why` says it in words.
-        seconds: in all; `tokens` read by all members.
+        seconds: in all; `tokens` read by all members; `peak_rss_bytes` of this process.
         notes: what was left out and why.
     """
 
@@ -77,6 +74,7 @@ class Sweep:
     why: str
     seconds: float
     tokens: int
+    peak_rss_bytes: int
     notes: tuple[str, ...] = ()
 
 
@@ -103,7 +101,7 @@ def train(
         model, tok: as `lorica.load` gives them, without an adapter.
         data: what all are trained on (see `examples.prepare`), or a dict with the data of each member.
         members: the settings of each by name (letters, digits, _ and -). They may differ in all but `SHARED`;
-            `sample` is not looked at, and checkpointing `auto` is off.
+            `sample` is not looked at.
         out: the folder, which must not hold anything; default the next ``runs/0001-name``.
         report: called with every event of the members' metrics.jsonl, with their name as `member`.
 
@@ -114,7 +112,7 @@ def train(
         LoricaError: with every member that cannot be part of it and why; the model is then as it was.
         Interrupted: Ctrl-C or SIGTERM, after the round at hand and with everything saved.
     """
-    if faults := _unusable(model, data, members):
+    if faults := unusable(model, data, members):
         raise all_faults(REFUSED, faults)
     began = time.monotonic()
     sets = _sets(tok, data, members)
@@ -125,18 +123,22 @@ def train(
     was_training = model.training
     try:
         together.open(path, report or _silence)
-        first = next(iter(members.values()))
-        with stoppable() as stop, arranged(model, Forecast(first.checkpointing == "on", available=0)):
+        with stoppable() as stop, arranged(model, together.ahead):
             whole = together.go(stop)
         rows = ranking.ranked(together.members, members)
         pick, why = ranking.pick(rows)
         patch.select(model, pick or None)
-        notes = (*together.notes, *ranking.write(path, rows, pick, why, {"model": name, "data": source}))
+        told = {
+            "seconds": round(time.monotonic() - began, 3),
+            "tokens": sum(member.here.tokens for member in together.members),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        known = {"model": name, "data": source} | together.ahead.facts() | told
+        notes = (*together.notes, *ranking.write(path, rows, pick, why, known))
     finally:
         together.close()
         model.train(was_training)
-    tokens = sum(member.here.tokens for member in together.members)
-    sweep = Sweep(path, tuple(rows), pick, why, round(time.monotonic() - began, 3), tokens, notes)
+    sweep = Sweep(path, tuple(rows), pick, why, **told, notes=notes)
     if not whole:
         raise Interrupted(sweep)
     return sweep
@@ -169,7 +171,9 @@ class _Together:
             if patch.adapters(model):
                 patch.eject(model)
             raise
-        self.notes = (own,) if (own := _own_dropout(model)) else ()
+        self.ahead = forecast(model, {name: (sets[name], each) for name, each in self.settings.items()})
+        self.facts = {name: each | self.ahead.facts() for name, each in self.facts.items()}
+        self.notes = (own,) if (own := own_dropout(model)) else ()
         self.budget = micro_tokens(next(model.parameters()).device, self.passes.dtype)
         self.micro, self.seed = first.micro, first.seed
 
@@ -244,10 +248,26 @@ class _Together:
     def _round(self, live: Sequence[Member]) -> None:
         """One update of each member, from gradients of passes that they share."""
         began = time.perf_counter()
-        drawn = [member.draw() for member in live]
+        drawn = {member: member.draw() for member in live}
+        self.model.train()
+        for scale in loss_scales(self.passes.dtype):
+            losses = self._backward(live, [drawn[member] for member in live], scale)
+            spent = (time.perf_counter() - began) / sum(drawn[member].tokens for member in live)
+            again = []
+            for member, loss in zip(live, losses, strict=True):
+                with _own_fault(member):
+                    if not member.update(loss, drawn[member], spent * drawn[member].tokens, scale):
+                        again.append(member)
+            if not again:
+                return
+            live = again
+
+    def _backward(self, live: Sequence[Member], drawn: Sequence[Drawn], scale: float) -> list[float]:
+        """The gradients of what some members drew, times `scale`, and each one's loss."""
         laid = [(k, i) for k, each in enumerate(drawn) for i in range(len(each.examples))]
         losses = torch.zeros(len(live), dtype=torch.float64)
-        self.model.train()
+        for member in live:
+            member.optimizer.clear()
         for piece in divided([len(drawn[k].examples[i].ids) for k, i in laid], self.budget, self.micro):
             here = [laid[place] for place in piece]
             weights = [1 / drawn[k].labels for k, _ in here]
@@ -258,13 +278,9 @@ class _Together:
                 keys=[drawn[k].keys[i] for k, i in here],
                 owners=[live[k].name for k, _ in here],
             ) as (loss, nats):
-                loss.backward()
+                (loss * scale).backward()
             losses.index_add_(0, torch.tensor([k for k, _ in here]), nats.double().cpu() * torch.tensor(weights))
-        spent = time.perf_counter() - began
-        tokens = sum(each.tokens for each in drawn)
-        for member, each, loss in zip(live, drawn, losses.tolist(), strict=True):
-            with _own_fault(member):
-                member.update(loss, each, spent * each.tokens / tokens)
+        return losses.tolist()
 
     def _measure(self, due: Sequence[Member]) -> None:
         found = self._losses([(member.name, member.data.held) for member in due])
@@ -340,37 +356,6 @@ def _own_fault(member: Member) -> Iterator[None]:
         member.take_out(fault)
 
 
-def _unusable(model: nn.Module, data: Any, members: Mapping[str, TrainSettings]) -> list[str]:
-    """Everything that can be told before data or adapters are touched."""
-    if not members:
-        return ["there is none"]
-    if Accelerator(mixed_precision="no", device_placement=False).num_processes > 1:
-        return ["this is one of several processes, and members share one pass; start it as a single one"]
-    if there := patch.adapters(model):
-        return [f"the model has an adapter already ({', '.join(there)}); eject it first"]
-    if (task := task_of(model).name) != "lm":
-        return [f"they share passes of a language model, and this model is made for {task!r}: train one after another"]
-    faults = []
-    first = next(iter(members.values()))
-    for name, settings in members.items():
-        faults += [f"{name}: {fault}" for fault in settings.check()]
-        if settings.method in METHODS and not METHODS[settings.method].shares:
-            faults.append(f"{name}: method {settings.method} cannot share a pass; train its members one after another")
-        faults += [
-            f"{name}: {key} {getattr(settings, key)!r} changes the base itself, which the others use too"
-            for key, off in (("bias", "none"), ("modules_to_save", ""), ("token_rows", ""), ("tied", False))
-            if getattr(settings, key) != off
-        ]
-        faults += [
-            f"{name}: {key} is {getattr(settings, key)!r}, of the first {getattr(first, key)!r}; all share one"
-            for key in SHARED
-            if getattr(settings, key) != getattr(first, key)
-        ]
-        if isinstance(data, Mapping) and name not in data:
-            faults.append(f"{name}: there is no data for it")
-    return faults
-
-
 def _sets(tok: Any, data: Any, members: Mapping[str, TrainSettings]) -> dict[str, Prepared]:
     """The examples of each member; those that read the same in the same way share them."""
     made: dict[tuple, Prepared] = {}
@@ -384,15 +369,6 @@ def _sets(tok: Any, data: Any, members: Mapping[str, TrainSettings]) -> dict[str
             guards.labelled(made[key].held, "held-out")
         sets[name] = made[key]
     return sets
-
-
-def _own_dropout(model: nn.Module) -> str:
-    """A note where the base drops out by itself: its random numbers depend on what else is in a pass."""
-    for path, module in model.named_modules():
-        own = getattr(module, "attention_dropout", 0.0) or (isinstance(module, nn.Dropout) and module.p)
-        if f".{CHILD}." not in path and own:
-            return f"the base has dropout of its own ({path}), which draws other numbers than for a member alone"
-    return ""
 
 
 def _silence(event: object) -> None:

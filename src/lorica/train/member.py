@@ -100,8 +100,7 @@ class Member:
             self.log({"kind": "eval", "step": 0} | said | {"best": False, "elapsed": self.elapsed()})
 
     def draw(self) -> Drawn:
-        """The examples of the next update; forgets the gradients of the last."""
-        self.optimizer.clear()
+        """The examples of the next update."""
         drawn = next(self.sampler)
         keys = dropout_keys(self.settings.seed, self.here.step + 1, drawn)
         batch = sorted(zip((self.data.train[i] for i in drawn), keys, strict=True), key=lambda each: -len(each[0].ids))
@@ -109,14 +108,22 @@ class Member:
         tokens = sum(len(example.ids) for example in examples)
         return Drawn(examples, [key for _, key in batch], labels_in(examples), tokens)
 
-    def update(self, loss: float, drawn: Drawn, seconds: float) -> None:
+    def update(self, loss: float, drawn: Drawn, seconds: float, scale: float) -> bool:
         """Clip and step at its own rate, from the gradients that are there; LoricaError where it must be taken out.
 
-        `seconds` are its share of the passes.
+        Args:
+            loss: of what was drawn.
+            seconds: its share of the passes.
+            scale: what the loss was multiplied by.
+
+        Returns:
+            Whether it was made: not where a gradient is no number and may be one at a smaller scale.
         """
         began = time.perf_counter()
         settings, step = self.settings, self.here.step + 1
-        norm = float(self.optimizer.clip(settings.clip))
+        norm = float(self.optimizer.clip(settings.clip, scale))
+        if scale > 1 and not math.isfinite(norm):
+            return False
         guards.finite(step, loss, norm)
         assert settings.lr is not None, "settings are resolved before a member"
         lr = rate(step, self.steps, settings.lr, settings.schedule, settings.warmup)
@@ -128,6 +135,7 @@ class Member:
         made = Update(step, loss, lr, norm, drawn.tokens, drawn.labels, seconds)
         now = {"elapsed": self.elapsed(), "memory": peak_bytes(self.device)}
         self.log({"kind": "step"} | dataclasses.asdict(made) | now)
+        return True
 
     def due(self) -> bool:
         """Whether it is to be measured after the update it just made."""

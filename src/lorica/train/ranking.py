@@ -174,7 +174,10 @@ def _remark(row: Row) -> str:
 
 
 def write(path: Path, rows: Sequence[Row], picked: str, why: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """Write sweep.json, README.md and the pictures of a sweep; returns notes on what could not be."""
+    """Write sweep.json, README.md and the pictures of a sweep; returns notes on what could not be.
+
+    `facts` are the model, the data, the forecast (`Forecast.facts`), and seconds, tokens and peak memory as measured.
+    """
     notes = []
     trained = [path / row.name for row in rows if row.steps]
     try:
@@ -187,16 +190,23 @@ def write(path: Path, rows: Sequence[Row], picked: str, why: str, facts: Mapping
     about["members"] = [dataclasses.asdict(row) | {"path": row.name} for row in rows]
     for each, row in zip(about["members"], rows, strict=True):
         each["worse"] = row.worse._asdict() if row.worse else None
-    write_atomic(path / "README.md", _page(path.name, rows, picked, why, bool(trained) and not notes))
+    write_atomic(path / "README.md", _page(path.name, rows, picked, why, _spent(facts), bool(trained) and not notes))
     write_atomic(path / "sweep.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return tuple(notes)
 
 
-def _page(name: str, rows: Sequence[Row], picked: str, why: str, drawn: bool) -> str:
+def _spent(facts: Mapping[str, Any]) -> str:
+    """What the sweep took, and what was planned."""
+    planned = f", {facts['predicted_bytes'] / 1e9:.1f} GB planned" if facts["predicted_bytes"] else ""
+    peak = f"at most {facts['peak_rss_bytes'] / 1e9:.1f} GB of resident memory{planned}"
+    return f"{facts['tokens']:,} tokens in {facts['seconds']:,.0f} s, {peak}."
+
+
+def _page(name: str, rows: Sequence[Row], picked: str, why: str, spent: str, drawn: bool) -> str:
     head, *body = cells(rows)
     lines = ["| " + " | ".join(line) + " |" for line in (head, ["---", *["--:"] * (len(head) - 1)], *body)]
     chosen = f"`{picked}`: {why}." if picked else f"{why[:1].upper()}{why[1:]}."
-    parts = [f"# {name}", f"{len(rows)} adapters trained in one pass on one base.", chosen, "\n".join(lines)]
+    parts = [f"# {name}", f"{len(rows)} adapters trained in one pass on one base: {spent}", chosen, "\n".join(lines)]
     if drawn:
         parts += ["![held-out loss against the settings](ranking.png)", "![loss while training](curves.png)"]
     return "\n\n".join(parts) + "\n"

@@ -40,7 +40,7 @@ def header(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("steps", f"{facts['steps']:,} = {facts['epochs']:g} epochs, {facts['batch']:,} examples each"),
         ("lr", f"{facts['lr']:g} {facts['schedule']}   {facts['lr_from']}   seed {facts['seed']}"),
-        *(_planned(facts)),
+        *(planned(facts)),
         *((("out", facts["run"]),) if "run" in facts else ()),
         *(("note", note) for note in facts["notes"]),
     ]
@@ -60,7 +60,8 @@ def _labels(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("task", "   ".join([facts["task"], ", ".join([*shares[:SHOWN_LABELS], *more])]).rstrip())]
 
 
-def _planned(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+def planned(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What memory and time were forecast, as a line of the header; none where nobody asked."""
     if not facts.get("predicted_bytes"):
         return [("plan", f"none: {facts['no_plan']}")] if facts.get("no_plan") else []
     kept = ", activations computed again" if facts["checkpointing"] else ""

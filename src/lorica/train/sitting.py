@@ -148,7 +148,7 @@ class Sitting:
 
     def _forecast(self) -> Forecast:
         """The plan, by which all processes compute activations again or none does."""
-        ahead = forecast(self.model, self.data, self.settings)
+        ahead = forecast(self.model, {patch.active(self.model) or "": (self.data, self.settings)})
         (again,) = processes.agreed(self.accelerator, ahead.checkpointing)
         return dataclasses.replace(ahead, checkpointing=again)
 
