@@ -358,6 +358,7 @@ def _equipped(model: Any, work: Work) -> tuple[list[nn.Parameter], int]:
     if work.method is None:
         return list(model.parameters()), 0
     for k, each in enumerate(work.everyone):
+        assert each.method is not None, "full fine-tuning has no adapters beside it"
         like = LIKE.get(getattr(each.method, "init", ""))
         method = dataclasses.replace(each.method, init=like) if like else each.method  # type: ignore[type-var, call-arg]
         patch.inject(model, method, each.targets, f"a{k}")

@@ -127,7 +127,7 @@ def result(swept: Sweep) -> dict[str, Any]:
         | {"worse": row.worse._asdict() if row.worse else None, "run": str(swept.path / row.name)}
         for row in swept.rows
     ]
-    told = {"sweep": str(swept.path), "pick": swept.pick, "why": swept.why, "members": rows}
+    told: dict[str, Any] = {"sweep": str(swept.path), "pick": swept.pick, "why": swept.why, "members": rows}
     told |= {"seconds": swept.seconds, "tokens": swept.tokens, "peak_rss_bytes": swept.peak_rss_bytes}
     return told | {"notes": list(swept.notes)}
 

@@ -128,7 +128,7 @@ def train(
         rows = ranking.ranked(together.members, members)
         pick, why = ranking.pick(rows)
         patch.select(model, pick or None)
-        told = {
+        told: dict[str, Any] = {
             "seconds": round(time.monotonic() - began, 3),
             "tokens": sum(member.here.tokens for member in together.members),
             "peak_rss_bytes": peak_rss_bytes(),
