@@ -1,7 +1,8 @@
 """What every bench needs: contenders in processes of their own, in turn; the machine; ratios against targets.
 
 The object that a bench prints with --json has `settings`, `machine`, `results` (a row per contender: median, min, max,
-repeats), `ratios`, `targets` (the same names: bound and sense) and `floor`.
+repeats, and its `unit` where that is another one), `ratios`, `targets` (the same names: bound and sense), `floor`, and
+`notes` where there is more to say.
 """
 
 from __future__ import annotations
@@ -125,14 +126,16 @@ def show(report: Mapping[str, Any], unit: str) -> None:
     """The tables of a report, for people."""
     for name, row in report["results"].items():
         if "skipped" in row:
-            print(f"  {name:26} skipped: {row['skipped']}")
+            print(f"  {name:36} skipped: {row['skipped']}")
             continue
         memory = f"{row['peak_bytes'] / 1e9:6.2f} GB" if "peak_bytes" in row else ""
         span = f"{row['min']:.1f} to {row['max']:.1f} in {row['repeats']}"
-        print(f"  {name:26} {row['median']:9.1f} {unit}   {span:28} {memory}")
+        print(f"  {name:36} {row['median']:9.1f} {row.get('unit', unit)}   {span:28} {memory}")
     targets = {name: tuple(target) for name, target in report["targets"].items()}
     for name, ratio, target, good in judged(report["ratios"], targets):
-        print(f"  {name:46} {ratio:7.2f}   {target:8} {'ok' if good else 'short'}")
+        print(f"  {name:58} {ratio:8.3f}   {target:8} {'ok' if good else 'short'}")
+    for note in report.get("notes", []):
+        print(f"  {note}")
 
 
 def finish(report: Mapping[str, Any], as_json: bool, unit: str) -> None:

@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "bench.md"
 README = HERE.parent / "README.md"
 VARIANTS = HERE.parent / "docs" / "methods-variants.md"
-DIGITS = {"nats": 3}  # of a number in this unit; else 1, and of a ratio 2
-UNITS = {"train": "tok/s", "many": "tok/s", "plan": "GB", "classify": "%", "variants": "nats"}
+DIGITS = {"nats": 3}  # of a number in this unit; else 1
+UNITS = {"train": "tok/s", "many": "tok/s", "plan": "GB", "classify": "%", "variants": "nats", "serve": "tok/s"}
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def section(report: dict[str, Any]) -> list[str]:
     """Heading, machine, contenders and ratios of one report."""
     machine = report["machine"]
     unit = UNITS[report["bench"].split()[0]]
-    digits, finer = DIGITS.get(unit, 1), DIGITS.get(unit, 2)
+    digits = DIGITS.get(unit, 1)
     libraries = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
         f"## {report['bench']}",
@@ -96,7 +96,8 @@ def section(report: dict[str, Any]) -> list[str]:
     lines += ["", "| ratio | measured | target | |", "|---|---|---|---|"]
     targets = {name: tuple(target) for name, target in report["targets"].items()}
     for name, ratio, target, good in judged(report["ratios"], targets):
-        lines.append(f"| {name} | {ratio:.{finer}f} | {target} | {'reached' if good else 'short'} |")
+        lines.append(f"| {name} | {ratio:.3f} | {target} | {'reached' if good else 'short'} |")
+    lines += ["", *(f"- {note}" for note in report["notes"])] if report.get("notes") else []
     return [*lines, ""]
 
 
@@ -109,7 +110,8 @@ def contenders(results: dict[str, Any], unit: str, digits: int) -> list[str]:
             continue
         memory = f"{row['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in row else ""
         span = f"{row['min']:.{digits}f} to {row['max']:.{digits}f}"
-        lines.append(f"| {name} | {row['median']:.{digits}f} | {span} | {row['repeats']} | {memory} |")
+        own = f" {row['unit']}" if "unit" in row else ""
+        lines.append(f"| {name} | {row['median']:.{digits}f}{own} | {span} | {row['repeats']} | {memory} |")
     return lines
 
 

@@ -1,40 +1,49 @@
 """A server under thousands of requests, many of them bad: no wrong answer, no memory that grows, a loop that lives.
 
-python bench/soak.py --requests 10000 --json
-
-It makes a tiny model and some adapters, starts `lorica serve` on them, asks everything once alone, then all at once:
-good requests whole and streamed, hanging up in the middle, prompts that are too long, fields and models that are
-unknown, wrong keys, readers that are slow, and adapters loaded again meanwhile. Answers are greedy, of prompts whose
-likeliest tokens lead by enough that rounding does not decide, so each must be the one it was alone.
+It makes a tiny model and some adapters, of which memory holds two thirds, starts `lorica serve` on them, asks
+everything once alone, then all at once: good requests whole and streamed, hanging up in the middle, prompts that are
+too long, fields and models that are unknown, wrong keys, readers that are slow, and adapters loaded again meanwhile.
+Answers are greedy, of prompts whose likeliest tokens lead by enough that rounding does not decide, so each must be the
+one it was alone, and again afterwards.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
 import random
-import shutil
+import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
-from measure import machine
+from measure import summary
 
 LEAD = 0.02  # nats between the two likeliest tokens
+AT_ONCE, ADAPTERS, PROMPTS = 48, 6, 200
 ADMIN, USER = "sk-soak-admin-0123", "sk-soak-user-01234"
-KEYS = f'[admin]\nkey = "{ADMIN}"\nadmin = true\n[user]\nkey = "{USER}"\n'
-SOURCE = Path(__file__).parents[1] / "src"
+TENANTS = f'[admin]\nkey = "{ADMIN}"\nadmin = true\n[user]\nkey = "{USER}"\n'
+SOURCE = Path(__file__).parents[2] / "src"
+# Of hundred requests, and the status that each kind must have where it is not 200 (0: we hung up) or 429.
+KINDS = {
+    "whole": 40, "stream": 30, "leave": 10, "long": 4, "field": 4, "nobody": 4, "key": 4, "slow": 3, "reload": 1,
+}  # fmt: skip
+MUST = {"leave": 0, "long": 400, "field": 400, "nobody": 404, "key": 401}
+# Of the server's metrics: deaths of its loop, and what must have come up.
+RESTARTS = "lorica_engine_restarts_total"
+COUNTED = (RESTARTS, "lorica_adapter_evictions_total", "vllm:prefix_cache_hits_total")
 
 
-def build(root: Path, adapters: int) -> Path:
+def build(root: Path) -> Path:
     """A tiny random Llama with a tokenizer of bytes, and adapters of several ranks."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -53,7 +62,7 @@ def build(root: Path, adapters: int) -> Path:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>").save_pretrained(root / "model")
-    for place in range(adapters):
+    for place in range(ADAPTERS):
         model, _ = lorica.load(root / "model", dtype="fp32")
         lorica.inject(model, lorica.LoRA(r=2 << place % 4))
         for tensor in lorica.trainable(model).values():
@@ -68,24 +77,31 @@ class Asking:
     def __init__(self, port: int) -> None:
         self.port = port
 
-    async def post(self, path: str, body: Any, key: str = USER, leave_after: int | None = None, slow: bool = False):
+    async def post(self, path: str, body: Any, key: str = USER, **how: Any) -> tuple[int, bytes]:
         """(status, body) of a request; (0, b"") where we hung up."""
+        raw = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nauthorization: Bearer {key}\r\ncontent-length: {len(raw)}\r\n"
+        return await self._answer(f"{head}content-type: application/json\r\n", raw, **how)
+
+    async def get(self, path: str) -> tuple[int, bytes]:
+        """(status, body) of what needs no key."""
+        return await self._answer(f"GET {path} HTTP/1.1\r\n", b"")
+
+    async def _answer(self, head: str, raw: bytes, leave_after: int | None = None, slow: bool = False):
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
-            raw = json.dumps(body).encode()
-            head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {key}\r\n"
-            writer.write(f"{head}content-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n".encode() + raw)
+            writer.write(f"{head}host: x\r\nconnection: close\r\n\r\n".encode() + raw)
             await writer.drain()
             if leave_after is not None:
                 await reader.read(leave_after)
                 return 0, b""
             got = b""
-            while chunk := await reader.read(512 if slow else 1 << 16):
+            while chunk := await reader.read(256 if slow else 1 << 16):
                 got += chunk
                 if slow:
-                    await asyncio.sleep(0.02)
-            head, _, rest = got.partition(b"\r\n\r\n")
-            return int(head.split()[1]), _unchunked(rest) if b"chunked" in head.lower() else rest
+                    await asyncio.sleep(0.1)
+            above, _, rest = got.partition(b"\r\n\r\n")
+            return int(above.split()[1]), _unchunked(rest) if b"chunked" in above.lower() else rest
         finally:
             writer.close()
 
@@ -129,36 +145,27 @@ async def expectations(asking: Asking, models: list[str], wanted: int) -> dict[t
     return found
 
 
-async def soak(asking: Asking, expected: dict[tuple[str, str], str], root: Path, options: Any, rss: Any) -> dict:
+async def ask_all(asking: Asking, expected: dict[tuple[str, str], str], count: int, rss: Callable[[], int]) -> dict:
     """All requests, so many at once; what came of them."""
     draw, statuses, wrong, memory = random.Random(1), Counter(), [], []
-    pairs, numbers = list(expected), iter(range(options.requests))
+    pairs, numbers = list(expected), iter(range(count))
 
     async def one(number: int) -> None:
         model, prompt = pairs[number % len(pairs)]
-        kind = draw.choices(
-            ["whole", "stream", "leave", "long", "field", "nobody", "key", "slow", "reload"],
-            [40, 30, 10, 4, 4, 4, 4, 3, 1],
-        )[0]
-        must = 200
+        (kind,) = draw.choices(list(KINDS), list(KINDS.values()))
+        must = MUST.get(kind, 200)
         if kind == "leave":
             status, _ = await asking.said(model, prompt, stream=True, leave_after=draw.randint(1, 600))
-            must = 0
         elif kind == "long":
-            status, _ = await asking.said(model, prompt * 200)
-            must = 400
+            status, _ = await asking.said(model, prompt * 400)
         elif kind == "field":
             status, _ = await asking.post("/v1/completions", {"model": model, "prompt": prompt, "echo": True})
-            must = 400
         elif kind == "nobody":
             status, _ = await asking.said("nobody", prompt)
-            must = 404
         elif kind == "key":
             status, _ = await asking.said(model, prompt, key="sk-wrong-0123456789")
-            must = 401
         elif kind == "reload":
-            name = f"a{draw.randrange(options.adapters)}"
-            body = {"lora_name": name, "load_inplace": True}
+            body = {"lora_name": f"a{draw.randrange(ADAPTERS)}", "load_inplace": True}
             status, _ = await asking.post("/v1/load_lora_adapter", body, key=ADMIN)
         else:
             status, text = await asking.said(model, prompt, stream=kind != "whole", slow=kind == "slow")
@@ -171,74 +178,68 @@ async def soak(asking: Asking, expected: dict[tuple[str, str], str], root: Path,
     async def worker() -> None:
         for number in numbers:
             await one(number)
-            if number % max(1, options.requests // 50) == 0:
+            if number % max(1, count // 100) == 0:
                 memory.append(rss())
 
-    began = time.monotonic()
-    await asyncio.gather(*(worker() for _ in range(options.at_once)))
-    return {"seconds": time.monotonic() - began, "statuses": statuses, "wrong": wrong, "memory": memory}
+    await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
+    return {"statuses": statuses, "wrong": wrong, "memory": memory}
 
 
-async def run(process: subprocess.Popen, port: int, root: Path, options: Any) -> dict[str, Any]:
+async def under_load(process: subprocess.Popen, port: int, count: int) -> dict[str, Any]:
     """Ask alone, ask all at once, ask alone again."""
-    asking = Asking(port)
-    models = ["model", *(f"a{place}" for place in range(options.adapters))]
-    expected = await expectations(asking, models, options.prompts)
-    it = psutil.Process(process.pid)
-    found = await soak(asking, expected, root, options, lambda: it.memory_info().rss)
-    after = [(await asking.said(*pair))[1] == text for pair, text in expected.items()]
-    memory = found["memory"]
-    early, late = memory[len(memory) // 5], memory[-1]
+    asking, it = Asking(port), psutil.Process(process.pid)
+    models = ["model", *(f"a{place}" for place in range(ADAPTERS))]
+    expected = await expectations(asking, models, PROMPTS)
+    began = time.monotonic()
+    found = await ask_all(asking, expected, count, lambda: it.memory_info().rss)
+    seconds = time.monotonic() - began
+    after = sum([(await asking.said(*pair))[1] == text for pair, text in expected.items()])
+    _, metrics = await asking.get("/metrics")
+    numbers = dict(re.findall(r"^(\S+) ([\d.e+]+)$", metrics.decode(), re.MULTILINE))
+    counted = {name: int(float(numbers[name])) for name in COUNTED}
+    # Of many looks at a time: what is being answered just then is no leak.
+    fifth = len(found["memory"]) // 5
+    early, late = (statistics.median(found["memory"][a:b]) for a, b in ((fifth, 2 * fifth), (-fifth, None)))
     return {
-        "requests": options.requests,
-        "seconds": round(found["seconds"], 1),
-        "statuses": {f"{kind} {status}": count for (kind, status), count in sorted(found["statuses"].items())},
+        **summary([count / seconds]),
+        "unit": "requests/s",
+        "statuses": {f"{kind} {status}": number for (kind, status), number in sorted(found["statuses"].items())},
         "wrong": found["wrong"][:10],
-        "wrong_count": len(found["wrong"]),
-        "right_afterwards": f"{sum(after)} of {len(after)}",
-        "memory_after_a_fifth": early,
-        "memory_at_the_end": late,
-        "memory_growth": round(late / early - 1, 4),
+        "wrong_count": len(found["wrong"]) + len(expected) - after + counted[RESTARTS],
+        "memory": [early, late],
+        "counted": counted,
     }
 
 
-def main() -> None:
-    """Build, start, soak, stop, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--at-once", type=int, default=48)
-    parser.add_argument("--adapters", type=int, default=6)
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    root = Path(tempfile.mkdtemp())
-    try:
-        model = build(root, options.adapters)
-        (root / "keys.toml").write_text(KEYS)
+def run(options: Any) -> dict[str, Any]:
+    """Build, start, ask, stop. An end other than a clean one, or a kind that did not come up, is a RuntimeError."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        model = build(root)
+        (root / "keys.toml").write_text(TENANTS)
         (root / "keys.toml").chmod(0o600)
+        nbytes = sum(file.stat().st_size for file in root.glob("adapters/*/*.safetensors"))
         flags = ["--adapters", str(root / "adapters"), "--keys", str(root / "keys.toml"), "--port", "0", "--json"]
         flags += ["--log", str(root / "log.jsonl"), "--kv-memory", "16MB", "--concurrency", "16", "--dtype", "fp32"]
+        flags += ["--adapter-memory", str(int(0.7 * nbytes)), "--adapter-share", "4"]
         argv = [sys.executable, "-m", "lorica", "serve", str(model), *flags]
-        with subprocess.Popen(
-            argv, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(SOURCE)}
-        ) as it:
-            port = int(json.loads(it.stdout.readline())["url"].rsplit(":", 1)[1].split("/")[0])
-            found = asyncio.run(run(it, port, root, options))
-            it.send_signal(signal.SIGTERM)
-            found["exit"] = it.wait(60)
-        found["log_lines"] = len((root / "log.jsonl").read_text().splitlines())
-    finally:
-        shutil.rmtree(root)
-    report = {
-        "settings": vars(options),
-        "machine": machine(),
-        "results": {"soak": found},
-        "ratios": {"memory growth": found["memory_growth"], "wrong answers": found["wrong_count"]},
-        "targets": {"memory growth": [0.02, "at most"], "wrong answers": [0, "at most"]},
-        "floor": None,
+        env = os.environ | {"PYTHONPATH": str(SOURCE)}
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=env) as it:
+            assert it.stdout is not None
+            try:
+                port = int(json.loads(it.stdout.readline())["url"].rsplit(":", 1)[1].split("/")[0])
+                found = asyncio.run(under_load(it, port, options.soak))
+            finally:
+                it.send_signal(signal.SIGTERM)
+            if ended := it.wait(60):
+                raise RuntimeError(f"the server ended with {ended}")
+    kinds = Counter(each.rsplit(" ", 1)[0] for each in found["statuses"])
+    if never := [*(KINDS.keys() - kinds), *(name for name in COUNTED[1:] if not found["counted"][name])]:
+        raise RuntimeError(f"this did not happen: {', '.join(never)}")
+    ratios = {
+        "soak: wrong answers": float(found["wrong_count"]),
+        "soak: memory at the end / after a fifth": found["memory"][1] / found["memory"][0],
     }
-    print(json.dumps(report if options.json else found, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+    told = ", ".join(f"{each} {number:,}" for each, number in found["statuses"].items())
+    notes = [f"soak: {told}", f"soak: {', '.join(f'{name} {number:,}' for name, number in found['counted'].items())}"]
+    return {"results": {"soak": found}, "ratios": ratios, "notes": notes}

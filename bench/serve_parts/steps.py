@@ -1,0 +1,47 @@
+"""What the adapters' products cost: forward passes of 16 tokens without a past, each between two of the base's.
+
+Paired like this they bear a machine that others use.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from typing import Any
+
+import torch
+from measure import summary
+
+import lorica
+from lorica.serve.rows import Layers
+from serve_parts.served import adapters_in, mixtures
+from serve_parts.timing import timed
+
+
+def run(options: Any) -> dict[str, Any]:
+    """Ratio of each mixture to the base."""
+    results: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    with adapters_in(options) as folder, torch.no_grad():
+        model, _ = lorica.load(options.model, dtype="fp32")
+        plans = mixtures(model, folder)
+        model.requires_grad_(False)
+        layers, ids = Layers(model), torch.randint(10, 40_000, (16, 1))
+
+        def step(work: list[Any]) -> float:
+            layers.work = work
+            return timed(lambda: model(input_ids=ids, use_cache=False))
+
+        with layers.attached():
+            base: list[Any] = [None] * len(layers.layers)
+            for name, names in plans.items():
+                loaded = {each: layers.read(folder / each) for each in set(names)}
+                work = layers.plan([(loaded[each], 1) for each in names]).work
+                step(base), step(work)
+                took = [(step(base), step(work), step(base)) for _ in range(5 * options.repeats)]
+                layers.idle()
+                ratio = statistics.median(2 * b / (a + c) for a, b, c in took)
+                ratios[f"{name} / base, products"] = ratio
+                results[f"step, {name}"] = summary(16 / b for _, b, _ in took)
+                print(f"{name:22} {ratio:.3f}", file=sys.stderr, flush=True)
+    return {"results": results, "ratios": ratios}
