@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lorica import formats
 from lorica.serve.admission import Limits
 from lorica.serve.keys import Keys
 from lorica.serve.places import CONFIG, TENSORS
@@ -70,15 +71,17 @@ def root(tmp_path):
 
 @pytest.fixture
 def serve(root, tok, tmp_path):
-    """Build a server: `serve(answer)`, with limits, settings and the text of a keys file."""
+    """Build a server: `serve(answer)`, with limits, settings, more for the store and the text of a keys file."""
     from lorica.serve.http.routes import app
     from lorica.serve.http.service import Service, ServiceSettings
 
     made: list[Server] = []
 
-    def build(answer=None, *, keys="", kv_tokens=1000, settings=None, **limits):
+    def build(answer=None, *, keys="", kv_tokens=1000, settings=None, store=None, **limits):
         engine = Fake(answer, kv_tokens)
-        store = Store(read, root, reserved=["base"], every=0.02)
+        store = Store(
+            read, root, reserved=["base"], template=formats.chat_template, **({"every": 0.02} | (store or {}))
+        )
         found = None
         if keys:
             (tmp_path / "keys.toml").write_text(keys)

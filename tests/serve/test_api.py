@@ -86,6 +86,36 @@ async def test_an_adapter_is_asked_through_the_template_that_it_was_trained_with
 
 
 @run_in_loop
+async def test_a_generation_that_an_alias_keeps_is_asked_through_its_own_template(serve, root):
+    put(root / "own", chat_template="first")
+    server = serve(named)
+    client = server.client()
+    await client.post("/v1/load_lora_adapter", {"lora_name": "own"})
+    digest = server.store.find("own").digest
+    await client.post("/v1/lora_alias", {"alias": "prod", "lora_name": f"own@{digest}"})
+    put(root / "own", chat_template="second")
+    await client.post("/v1/load_lora_adapter", {"lora_name": "own", "load_inplace": True})
+    for model in ("prod", "own"):
+        await client.post("/v1/chat/completions", {"model": model, "messages": HELLO})
+    assert [request.prompt for request in server.engine.requests] == ["first", "second"]
+    assert server.store.find("prod").digest == digest != server.store.find("own").digest
+
+
+@run_in_loop
+async def test_an_adapter_of_a_hub_is_asked_through_its_template_the_first_time_too(serve, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    fetched = put(tmp_path / "hub", chat_template="of the hub")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda id, **_: str(fetched))
+    server = serve(named, store={"named": {"far": "acme/far"}, "hub": ["acme/*"]})
+    assert server.store.find("far").state == "on disk"
+    for _ in range(2):
+        await server.client().post("/v1/chat/completions", {"model": "far", "messages": HELLO})
+    assert [request.prompt for request in server.engine.requests] == ["of the hub"] * 2
+    assert server.store.find("far").leases == 0
+
+
+@run_in_loop
 async def test_a_chat_is_streamed_as_events(serve):
     client = serve(lambda request: "Grüß dich").client()
     body = {"model": "a", "messages": HELLO, "stream": True}
@@ -299,6 +329,9 @@ async def test_what_cannot_be_loaded_says_why(serve, root):
         ({"lora_name": "base", "lora_path": str(root / "a")}, 400, "base"),
         ({"lora_path": str(root / "a")}, 400, "lora_name is missing"),
         ({"lora_name": "nobody"}, 404, "nobody"),
+        ({"lora_name": "new", "lora_path": "~nobody-here/x"}, 400, "no adapter folder"),
+        ({"lora_name": "new", "lora_path": "x" * 5000}, 400, "no adapter folder"),
+        ({"lora_name": "new", "lora_path": "a\0b"}, 400, "no adapter folder"),
     ):
         answer = await client.post("/v1/load_lora_adapter", body)
         assert answer.status == status and told in answer.json["error"]["message"], body

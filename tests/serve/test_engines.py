@@ -143,6 +143,23 @@ def test_stopping_ends_everything_as_cancelled_and_gives_the_model_back(root, ki
         running.ask("qv", [5])
 
 
+@pytest.mark.parametrize("kind", [Bridge, Plain])
+def test_what_is_submitted_while_it_stops_ends_too(root, kind, monkeypatch):
+    with Running(root, kind=kind) as running:
+        requests, check = running.engine.requests, running.engine.requests._check
+        stopping = threading.Thread(target=running.engine.stop)
+
+        def checked(ids):
+            check(ids)
+            stopping.start()
+            stopping.join(0.5)
+
+        monkeypatch.setattr(requests, "_check", checked)
+        assert running.ask("qv", prompt(3, 20)).result()[1].reason in ("cancelled", "length")
+        stopping.join()
+        assert all(status.leases == 0 for status in running.store.status())
+
+
 def test_end_tokens_stop_a_text_and_are_not_part_of_it(root):
     ids = prompt(3, 8)
     whole = alone(merged()["qv"], ids)

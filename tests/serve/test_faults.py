@@ -121,6 +121,21 @@ async def test_paths_methods_and_kinds_of_body_that_are_not_known_have_openai_s_
 
 
 @run_in_loop
+async def test_text_that_can_never_fit_is_refused_before_it_is_encoded(serve, monkeypatch):
+    server = serve(lambda request: "x")
+    long = "x" * (32 * server.service.context + 1)
+    monkeypatch.setattr(server.service, "_in_thread", None)
+    for path, body, field in (
+        ("/v1/completions", {"prompt": long}, "prompt"),
+        ("/v1/completions", {"prompt": ["x", long]}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": long[:4000]}] * 2}, "messages"),
+    ):
+        answer = await server.client().post(path, {"model": "a", **body})
+        assert answer.status == 400 and answer.json["error"]["param"] == field
+        assert "characters; this model's context of 200 tokens" in answer.json["error"]["message"]
+
+
+@run_in_loop
 async def test_a_body_that_does_not_come_is_not_waited_for(serve, monkeypatch):
     from lorica.serve.http import routes
 
@@ -186,6 +201,8 @@ async def test_a_key_keeps_to_its_rate(serve):
     assert [answer.status for answer in answers] == [200, 200, 429]
     assert 0 < int(answers[-1].headers["retry-after"]) <= 30
     assert answers[-1].json["error"]["type"] == "RateLimitError"
+    counted = (await client.get("/metrics")).body.decode()  # what was not let in is not counted as served
+    assert 'vllm:prompt_tokens_total{model_name="a"} 2.0' in counted
 
 
 @run_in_loop

@@ -67,6 +67,9 @@ def test_every_fault_of_the_file_is_told_at_once(tmp_path):
             key = "{KEY}"
             [f]
             key = "{KEY}"
+            [g]
+            key_sha256 = {"1" * 64}
+            rate = nan
             """,
         )
     assert str(told.value).splitlines()[1:] == [
@@ -80,6 +83,8 @@ def test_every_fault_of_the_file_is_told_at_once(tmp_path):
         "  [d] concurrency must be a whole number above 0",
         "  [d] rate must be a number above 0",
         "  [f] the same key as [e]",
+        "  [g] key_sha256 must be 64 hex digits",
+        "  [g] rate must be a number above 0",
     ]
 
 

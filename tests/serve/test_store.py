@@ -190,6 +190,7 @@ def test_an_alias_switches_to_a_generation_and_back(make, root):
     assert eventually(lambda: store.loads == 2)
     assert text(store.lease("a")) == "a2"
     assert text(store.lease("prod")) == "a1"  # the fixed generation stays in memory
+    assert store.find("prod").digest == first != store.find("a").digest
     before = store.alias("prod", "a")
     assert before == f"a@{first}"
     assert text(store.lease("prod")) == "a2"
@@ -198,6 +199,49 @@ def test_an_alias_switches_to_a_generation_and_back(make, root):
     store.unalias("prod")
     with pytest.raises(Unknown):
         store.lease("prod")
+
+
+def test_a_generation_that_an_alias_keeps_outlives_its_files(make, root):
+    store = make()
+    first = store.lease("a")
+    assert text(first) == "a1"
+    store.alias("prod", f"a@{first.generation.digest}")
+    first.release()
+    for name in (CONFIG, TENSORS):
+        (root / "a" / name).unlink()
+    assert eventually(lambda: "a" not in [status.name for status in store.status()])
+    assert store.find("prod").state == "pinned"
+    assert text(store.lease("prod")) == "a1"
+
+
+def test_a_name_keeps_its_files_where_others_that_it_was_to_have_cannot_be_loaded(make, root):
+    store = make(limit=2 * SIZE)
+    assert text(store.load("mine", root / "a")) == "a1"
+    with store.load("mine", put(root / "d", "bad")) as lease:
+        assert lease.wait(5) and lease.generation.error
+    with store.lease("mine") as lease:
+        assert text(lease) == "a1"
+    store.unload("mine")  # out of memory, so that it has to be read again
+    with store.load("mine") as lease:
+        assert text(lease) == "a1"
+
+
+def test_who_waited_for_a_load_and_fails_does_not_stop_the_next_load(make):
+    store = make()
+    store.lease("a").when_done(lambda: 1 / 0)
+    assert text(store.lease("a")) == "a1" and text(store.lease("b")) == "b1"
+
+
+def test_what_was_loaded_ahead_is_not_the_first_to_go(make):
+    store = make(limit=2 * SIZE)
+    for name in "ab":
+        with store.lease(name) as lease:
+            assert text(lease)
+    store.prefetch("c")
+    assert eventually(lambda: state(store, "c") == "resident")
+    with store.lease("d") as lease:
+        assert text(lease) == "d1"
+    assert state(store, "c") == "resident" and state(store, "b") == "on disk"
 
 
 def test_names_come_and_go_with_the_folder(make, root):
@@ -260,6 +304,30 @@ def test_hub_ids_come_from_the_allow_list_only(make, root, monkeypatch, tmp_path
     with pytest.raises(LoricaError, match="may fetch"):
         store.load("other", "acme/../../x")
     assert asked == ["acme/sql"]
+
+
+def test_a_hub_that_failed_is_asked_again_only_after_a_while(make, root, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    from lorica.serve import names
+
+    fetched, asked = put(tmp_path / "hub", "from the hub"), []
+
+    def download(id, **_):
+        asked.append(id)
+        if len(asked) == 1:
+            raise OSError("no network")
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    store = make(read, root, {"far": "acme/far"}, hub=["acme/*"])
+    with store.lease("far") as lease:
+        assert lease.wait(5) and "no network" in lease.generation.error
+    with pytest.raises(LoricaError, match="no network"):
+        store.lease("far")
+    monkeypatch.setattr(names, "_AGAIN", 0.0)
+    assert text(store.lease("far")) == "from the hub"
+    assert asked == ["acme/far"] * 2
 
 
 def test_the_base_models_name_is_taken(make, root):

@@ -121,3 +121,8 @@ def about(folder: Path) -> dict[str, str]:
 
     path = folder / pair.TENSORS
     return meta_of(object_in(tensorfiles.words(path).get("lorica", "{}"), f"the metadata of {path}"), path)
+
+
+def chat_template(folder: Path) -> str:
+    """The chat template that an adapter was trained through and carries; empty for none."""
+    return about(folder).get("chat_template", "")

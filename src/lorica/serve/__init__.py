@@ -3,6 +3,7 @@
 engine.py     what an engine takes and gives: Sampling, Stream of Token and End, the Engine protocol
 store.py      adapters by name: loaded when asked for, evicted by bytes, reloaded, aliased
 leases.py     one load of one adapter, and the right to use it
+names.py      what a name stands for: an adapter's files and generations, or another name
 places.py     where adapters lie, and what may be read
 rows.py       the adapters' products at every layer for the token rows of one step
 requests.py   requests from submit to end, whatever loop runs them

@@ -20,7 +20,7 @@ import itertools
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorica.errors import LoricaError
@@ -183,11 +183,15 @@ class Admission:
             self._prefetch(name)
 
     def _next(self) -> Turn | None:
+        if len(self.running) >= self.limits.running:
+            return None
         passed: list[Turn] = []
-        for turn in self._in_turn() if len(self.running) < self.limits.running else ():
+        room = self.limits.kv_tokens - sum(turn.tokens for turn in self.running)
+        there = {name: self._nbytes(name) for turn in self.running if (name := turn.adapter)}
+        for turn in self._in_turn():
             if turn._ready.done():  # called off; its task is about to end it
                 continue
-            if self._fits(turn):
+            if turn.tokens <= room and self._may_step(turn.adapter, there):
                 for other in passed:
                     other.passed += 1
                 return turn
@@ -206,13 +210,11 @@ class Admission:
         for tenant in sorted(free, key=taken.__getitem__):
             yield from self._queues[tenant]
 
-    def _fits(self, turn: Turn) -> bool:
-        if sum(each.tokens for each in self.running) + turn.tokens > self.limits.kv_tokens:
-            return False
-        there = {each.adapter for each in self.running if each.adapter}
-        if not there or turn.adapter is None or turn.adapter in there:
+    def _may_step(self, adapter: str | None, there: Mapping[str, int]) -> bool:
+        """Whether an adapter may be in a step beside those of running turns, given with their bytes."""
+        if not there or adapter is None or adapter in there:
             return True
-        return sum(map(self._nbytes, {turn.adapter, *there})) <= self.limits.adapter_bytes
+        return self._nbytes(adapter) + sum(there.values()) <= self.limits.adapter_bytes
 
     def _leave(self, turn: Turn) -> None:
         queue = self._queues[turn.tenant]

@@ -103,6 +103,10 @@ def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
 def _faults(values: Any) -> list[str]:
     """What is wrong with one tenant's table."""
     if not isinstance(values, dict):
@@ -112,7 +116,7 @@ def _faults(values: Any) -> list[str]:
         faults.append("needs one of key and key_sha256")
     elif "key" in values and not (isinstance(values["key"], str) and len(values["key"]) >= _SHORTEST):
         faults.append(f"key must be text of at least {_SHORTEST} characters")
-    elif "key_sha256" in values and not re.fullmatch("[0-9a-fA-F]{64}", str(values["key_sha256"])):
+    elif "key_sha256" in values and not re.fullmatch("[0-9a-fA-F]{64}", _text(values["key_sha256"])):
         faults.append("key_sha256 must be 64 hex digits")
     models = values.get("models", [])
     if not isinstance(models, list) or not all(isinstance(each, str) for each in models):
@@ -121,6 +125,6 @@ def _faults(values: Any) -> list[str]:
         faults.append("admin must be true or false")
     for key, kinds in (("concurrency", (int,)), ("rate", (int, float))):
         value = values.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:  # as no nan is
             faults.append(f"{key} must be a {'whole ' if key == 'concurrency' else ''}number above 0")
     return faults

@@ -39,6 +39,7 @@ class Generation:
         leases: how many are out.
         used, loaded: seconds since 1970, of the last lease and of the end of the load, which took `seconds`.
         retired: no longer what its name stands for.
+        template: the chat template that its files carry, empty for none; None where nobody has looked.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Generation:
     loaded: float = 0.0
     seconds: float = 0.0
     retired: bool = False
+    template: str | None = None
     waiting: list[Callable[[], None]] = field(default_factory=list)
 
     @property
@@ -114,3 +116,4 @@ class Status:
     load_seconds: float = 0.0
     error: str | None = None  # of the last load
     alias_of: str | None = None
+    template: str | None = None  # of what is in memory

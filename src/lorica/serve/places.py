@@ -54,8 +54,12 @@ class Places:
 
     def place(self, given: str | Path, trusted: bool) -> Place:
         """A folder or hub id as somebody wrote it."""
-        path = Path(given).expanduser()
-        if path.is_dir():
+        try:
+            path = Path(given).expanduser()
+            there = path.is_dir()
+        except (OSError, RuntimeError):  # no path at all: too long, or of a user who is not known
+            there = False
+        if there:
             if trusted or self._inside(path):
                 return Place(path.resolve(), trusted)
             raise LoricaError(f"{given} is not inside the folder of adapters")

@@ -106,24 +106,26 @@ class Requests:
 
     def close(self) -> None:
         """Take none any more, and end all there are."""
-        self.accepting = False
+        with self._lock:
+            self.accepting = False
         for id in list(self.by_id):
             self.end(id, "cancelled")
 
     def submit(self, ids: Sequence[int], sampling: Sampling, lease: Lease | None) -> Stream:
         """See `engine.Engine.submit`."""
-        try:
-            self._check(ids)
-        except BaseException:
-            if lease:
-                lease.release()
-            raise
         room = self._loop.max_context - len(ids)
         request = Request(f"r{next(self._numbers)}", ids, sampling, lease, room)
         if not sampling.ignore_eos:
             request.ends |= set(self._ends)
         request.stream = Stream(lambda: self._cancel(request))
-        self.by_id[request.id] = request
+        try:
+            with self._lock:  # whoever stops taking requests, and ends those there are, sees this one or comes before
+                self._check(ids)
+                self.by_id[request.id] = request
+        except BaseException:
+            if lease:
+                lease.release()
+            raise
         if lease:
             lease.when_done(lambda: self._loaded(request))
         else:
@@ -162,7 +164,8 @@ class Requests:
         self._deaths.append(now)
         often = len(self._deaths) == _GIVE_UP[0] and now - self._deaths[0] < _GIVE_UP[1]
         if not self.accepting or often:
-            self.accepting = False
+            with self._lock:
+                self.accepting = False
             for id in list(self.by_id):
                 self.end(id, "error", f"decoding failed: {error}")
             return

@@ -10,40 +10,20 @@ One thread reads files; nobody else waits for a disk. Several processes may watc
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from lorica.errors import LoricaError, nearest
-from lorica.serve.leases import Generation, Lease, Payload, State, Status, Unknown
-from lorica.serve.places import TENSORS, Looks, Place, Places, digest, looks
+from lorica.serve.leases import Generation, Lease, Payload, Status, Unknown
+from lorica.serve.names import Alias, Entry, nowhere
+from lorica.serve.places import TENSORS, Looks, Places, digest, looks
 
-
-@dataclass(eq=False)
-class _Entry:
-    """What a name stands for."""
-
-    place: Place
-    current: Generation | None = None  # what leases get; still loading where there was nothing before
-    coming: Generation | None = None  # takes the place of `current` once it is loaded
-    pinned: bool = False
-    unloaded: bool = False
-    seen: Looks | None = None  # what its files looked like when they were last read
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class _Alias:
-    """Another name for an adapter, or for one generation of it, which it keeps in memory."""
-
-    name: str
-    generation: Generation | None = None
-
-    def __str__(self) -> str:
-        return f"{self.name}@{self.generation.digest}" if self.generation else self.name
+_log = logging.getLogger(__name__)
 
 
 class Store:
@@ -56,6 +36,7 @@ class Store:
         limit: bytes of payloads in memory, leased ones included (None: no limit).
         hub: patterns of hub ids that may be downloaded (``["acme/*"]``); none by default.
         reserved: names that no adapter may have, such as the base model's.
+        template: the chat template that a folder of an adapter carries.
         every: seconds between two looks at the files.
     """
 
@@ -68,20 +49,21 @@ class Store:
         limit: int | None = None,
         hub: Iterable[str] = (),
         reserved: Iterable[str] = (),
+        template: Callable[[Path], str] | None = None,
         every: float = 2.0,
     ) -> None:
         self.changed = threading.Condition(threading.RLock())
         self.loads = self.evictions = 0  # counters, for metrics
-        self._read, self._limit, self._every = read, limit, every
+        self._read, self._limit, self._every, self._template = read, limit, every, template
         self._places = Places(root, hub, reserved)
-        self._entries: dict[str, _Entry] = {}
-        self._aliases: dict[str, _Alias] = {}
+        self._entries: dict[str, Entry] = {}
+        self._aliases: dict[str, Alias] = {}
         self._alive: list[Generation] = []  # loading or in memory
-        self._jobs: deque[tuple[_Entry, Generation]] = deque()
+        self._jobs: deque[tuple[Entry, Generation]] = deque()
         self._nbytes, self._closed = 0, False
         for name, given in (named or {}).items():
             self._places.check(name)
-            self._entries[name] = _Entry(self._places.place(given, trusted=True))
+            self._entries[name] = Entry(self._places.place(given, trusted=True))
         self.scan()
         self._thread = threading.Thread(target=self._work, name="lorica-adapters", daemon=True)
         self._thread.start()
@@ -133,7 +115,7 @@ class Store:
                 if name in self._aliases:
                     raise LoricaError(f"{name!r} is an alias of {self._aliases[name]}")
                 place = self._places.place(given, trusted=False)
-                entry = self._entries.setdefault(name, _Entry(place))
+                entry = self._entries.setdefault(name, Entry(place))
                 if entry.place != place and entry.coming:  # it is reading other files
                     entry.coming.retired = True
                     if entry.current is entry.coming:
@@ -149,7 +131,7 @@ class Store:
         with self.changed:
             entry = self._entry(name)
             entry.unloaded, entry.pinned = True, False
-            self._retire(entry)
+            entry.retire()
             self._fits()
             self.changed.notify_all()
 
@@ -177,7 +159,7 @@ class Store:
             if generation:
                 generation.leases += 1
             before = self._aliases.get(alias)
-            self._aliases[alias] = _Alias(name, generation)
+            self._aliases[alias] = Alias(name, generation)
             if before and before.generation:
                 self._released(before.generation)
             return str(before) if before else None
@@ -202,10 +184,11 @@ class Store:
         with self.changed:
             if not (to := self._aliases.get(name)):
                 return self._status(name, self._entry(name))
-            if to.name not in self._entries:
+            entry = self._entries.get(to.name)
+            if entry is None and to.generation is None:
                 return Status(name, "unloaded", "", alias_of=str(to))
-            meant = self._status(to.name, self._entries[to.name])
-            return replace(meant, name=name, alias_of=str(to), state="pinned" if to.generation else meant.state)
+            meant = self._status(to.name, entry or nowhere(), to.generation)
+            return replace(meant, name=name, alias_of=str(to))
 
     def status(self) -> list[Status]:
         """Every name and alias, sorted."""
@@ -217,12 +200,12 @@ class Store:
         for name in self._places.names():
             if name not in self._entries and name not in self._aliases and (place := self._places.find(name)):
                 with self.changed:
-                    self._entries.setdefault(name, _Entry(place))
+                    self._entries.setdefault(name, Entry(place))
         for name, entry in list(self._entries.items()):
             now = looks(entry.place.path)
             with self.changed:
                 if now is None and not entry.place.trusted and isinstance(entry.place.path, Path):
-                    self._retire(self._entries.pop(name, entry))
+                    self._entries.pop(name, entry).retire()
                 elif now and now != entry.seen and entry.current and entry.current.payload:
                     self._begin(name, entry)
         with self.changed:
@@ -230,9 +213,9 @@ class Store:
 
     # Under the lock
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         if name not in self._entries and (place := self._places.find(name)):  # come since the last look
-            self._entries[name] = _Entry(place)
+            self._entries[name] = Entry(place)
         if name not in self._entries:
             raise Unknown(f"there is no adapter {name!r}{nearest(name, [*self._entries, *self._aliases])}")
         return self._entries[name]
@@ -242,11 +225,11 @@ class Store:
         entry = self._entry(name)
         if entry.unloaded:
             raise Unknown(f"adapter {name!r} was unloaded; it has to be loaded before it can be asked")
-        if entry.current is None and entry.error and entry.seen == looks(entry.place.path):
+        if entry.current is None and entry.hopeless:
             raise LoricaError(f"adapter {name!r} cannot be loaded: {entry.error}")
         return entry.current or self._begin(name, entry)
 
-    def _begin(self, name: str, entry: _Entry) -> Generation:
+    def _begin(self, name: str, entry: Entry) -> Generation:
         if entry.coming is None:
             entry.coming = Generation(name)
             entry.current = entry.current or entry.coming
@@ -265,12 +248,6 @@ class Store:
         if not generation.leases:
             self._fits()
             self.changed.notify_all()
-
-    def _retire(self, entry: _Entry) -> None:
-        for generation in (entry.current, entry.coming):
-            if generation:
-                generation.retired = True
-        entry.current = entry.coming = None
 
     def _generation(self, name: str, begins: str) -> Generation:
         found = {each.digest: each for each in self._alive if each.name == name and each.payload}
@@ -295,7 +272,7 @@ class Store:
         if self._limit is None or self._nbytes + need <= self._limit:
             return True
         idle = [
-            (entry.current.used, place, entry)
+            (max(entry.current.used, entry.current.loaded), place, entry)  # loaded ahead is as good as used
             for place, entry in enumerate(self._entries.values())
             if entry.current and entry.current.payload and not entry.current.leases and not entry.pinned
         ]
@@ -314,28 +291,8 @@ class Store:
             self._nbytes -= generation.payload.nbytes
             generation.payload = None
 
-    def _status(self, name: str, entry: _Entry) -> Status:
-        now = entry.current or Generation(name)
-        state: State = "failed" if entry.error else "on disk"
-        if entry.unloaded:
-            state = "unloaded"
-        elif now.payload:
-            state = "pinned" if entry.pinned else "resident"
-        elif entry.current:
-            state = "loading"
-        return Status(
-            name,
-            state,
-            str(entry.place.path),
-            digest=now.digest,
-            nbytes=now.payload.nbytes if now.payload else 0,
-            rank=now.payload.rank if now.payload else 0,
-            leases=sum(each.leases for each in self._alive if each.name == name),
-            used=now.used,
-            loaded=now.loaded,
-            load_seconds=now.seconds,
-            error=entry.error,
-        )
+    def _status(self, name: str, entry: Entry, kept: Generation | None = None) -> Status:
+        return entry.status(name, sum(each.leases for each in self._alive if each.name == name), kept)
 
     # The loading thread
 
@@ -354,12 +311,12 @@ class Store:
                     self.scan()
                 look = time.monotonic() + self._every
 
-    def _run(self, entry: _Entry, generation: Generation) -> None:
+    def _run(self, entry: Entry, generation: Generation) -> None:
         began = time.monotonic()
         error, seen = None, looks(entry.place.path)
         payload: Payload | None = None
         try:
-            seen, generation.digest, payload = self._files(self._places.fetch(entry.place))
+            seen, generation.digest, payload, generation.template = self._files(self._places.fetch(entry.place))
         except Exception as fault:  # one bad file must not end the thread that loads all others
             error = str(fault) if isinstance(fault, LoricaError) else f"{type(fault).__name__}: {fault}"
         with self.changed:
@@ -371,21 +328,18 @@ class Store:
             else:
                 self._alive.remove(generation)
             if entry.coming is generation:
-                entry.coming, entry.seen, entry.error = None, seen, error
-                if payload and entry.current is not generation:
-                    if entry.current:
-                        entry.current.retired = True
-                    entry.current = generation
-                elif error and entry.current is generation:
-                    entry.current = None
+                entry.loaded(generation, seen)
             self._fits()
             self.changed.notify_all()
             calls, generation.waiting = generation.waiting, []
         for call in calls:
-            call()
+            try:
+                call()
+            except Exception:  # nor may one who waited
+                _log.exception("what followed the load of %s failed", generation.name)
 
-    def _files(self, folder: Path) -> tuple[Looks, str, Payload]:
-        """What the files looked like, their digest and the payload, all of one moment; waits for room."""
+    def _files(self, folder: Path) -> tuple[Looks, str, Payload, str | None]:
+        """What the files looked like, their digest, payload and template, all of one moment; waits for room."""
         for _ in range(5):
             if (seen := looks(folder)) is None:
                 raise LoricaError(f"the files of {folder} went away")
@@ -395,6 +349,7 @@ class Store:
                     raise LoricaError(f"its {size} bytes are more than the {self._limit} that adapters may take")
                 self.changed.wait_for(lambda size=size: self._room(size) or self._closed)  # type: ignore[misc]
             named, payload = digest(folder), self._read(folder)
+            template = self._template(folder) if self._template else None
             if looks(folder) == seen:
-                return seen, named, payload
+                return seen, named, payload, template
         raise LoricaError(f"{folder} keeps changing while it is read")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorica import models
+from lorica import formats, models
 from lorica.adapter import Adapter
 from lorica.errors import LoricaError, all_faults
 from lorica.evaluate import stop_ids
@@ -128,16 +129,19 @@ def opened(
         limit=size.adapter_memory or None,
         hub=hub,
         reserved=[thing.name],
+        template=formats.chat_template,
     )
     with contextlib.closing(store):
         engine, note = open_engine(model, layers, engine_settings, stop_ids(model, tok))
         try:
             _load(store, thing.adapters)
+            # What runs at once has to fit in memory at once, else adapters in use keep others waiting for room.
+            step = min(size.adapter_share * about.nbytes, size.adapter_memory or math.inf)
             limits = Limits(
                 kv_tokens=engine.kv_tokens,
                 running=size.running,
                 waiting=size.waiting,
-                adapter_bytes=size.adapter_share * about.nbytes,
+                adapter_bytes=step,
                 page=engine_settings.page,
             )
             service = Service(engine, store, tok, settings, limits, keys=keys)

@@ -24,9 +24,12 @@ from lorica.serve.http.completions import ChatShape, TextShape
 from lorica.serve.http.metrics import Metrics
 from lorica.serve.http.shapes import AliasRequest, ChatRequest, LoadRequest, Refused, TextRequest, UnloadRequest
 from lorica.serve.keys import Keys, Tenant
-from lorica.serve.places import Looks, looks
+from lorica.serve.leases import Lease
+from lorica.serve.places import looks
 from lorica.serve.store import Status, Store, Unknown
 
+# Of a token: more than any text has on the average, though single tokens (of spaces) may be longer.
+_CHARACTERS = 32
 # OpenAI's default for /v1/completions.
 _TEXT_TOKENS = 16
 
@@ -78,7 +81,8 @@ class Service:
         self.draining = False
         # One thread: a tokenizer does not bear two.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="lorica-encoding")
-        self._tok_in = functools.lru_cache(1024)(self._with_template)
+        self._template_in = functools.lru_cache(1024)(lambda folder, looks: formats.chat_template(folder))
+        self._tok_with = functools.lru_cache(64)(self._with_template)
 
     @property
     def context(self) -> int:
@@ -138,7 +142,8 @@ class Service:
     async def chat(self, tenant: Tenant, asked: ChatRequest) -> Job:
         """A conversation as a job."""
         adapter = self.adapter(tenant, asked.model)
-        tok = self._tok_of(adapter)
+        self._bounded("messages", sum(len(message.content) for message in asked.messages))
+        tok = await self._tok_of(adapter)
         if not tok.chat_template:
             raise Refused(400, "this model has no chat template: use /v1/completions", param="model")
         if asked.top_logprobs and not asked.logprobs:
@@ -165,13 +170,23 @@ class Service:
         if len(asked.prompt) * asked.n > (most := self.admission.limits.waiting):
             raise Refused(400, f"{len(asked.prompt):,} prompts at once; at most {most:,} may wait", param="prompt")
 
-        def encode() -> list[list[int]]:
-            begin = bos_ids(self.tok)
-            return [begin + text_ids([each], self.tok)[0] if isinstance(each, str) else each for each in asked.prompt]
+        for each in asked.prompt:
+            if isinstance(each, str):
+                self._bounded("prompt", len(each))
 
-        prompts = await self._in_thread(encode)
+        def encode(text: str) -> list[int]:
+            return bos_ids(self.tok) + text_ids([text], self.tok)[0]
+
+        # One at a time, so that others come in between.
+        prompts = [await self._in_thread(encode, each) if isinstance(each, str) else each for each in asked.prompt]
         shape = TextShape(self.tok, asked.model, asked.logprobs)
         return self._job(tenant, asked, adapter, prompts, shape, self._room(prompts, asked.max_tokens, _TEXT_TOKENS))
+
+    def _bounded(self, field: str, length: int) -> None:
+        """Refuse characters that cannot be few enough tokens before a tokenizer is busy with them."""
+        if length > (most := _CHARACTERS * self.context):
+            told = f"{length:,} characters; this model's context of {self.context:,} tokens holds {most:,} at most"
+            raise Refused(400, told, param=field)
 
     def _room(self, prompts: Sequence[list[int]], longest: int | None, default: int) -> int:
         """Tokens that each answer may have: as many as were asked for, or by default as many as there is room for."""
@@ -222,15 +237,14 @@ class Service:
     async def under_way(self, job: Job, told: dict[str, Any]) -> AsyncIterator[Answer]:
         """The answer to a job, counted and noted in `told` (for the log) when it is over."""
         began = time.monotonic()
-        answer = Answer(self, job)
-        try:
-            async with answer:
+        async with Answer(self, job) as answer:  # who is not let in is not counted
+            try:
                 yield answer
-        finally:
-            counts = answer.counts
-            told["prompt_tokens"], told["output_tokens"] = counts.prompt, counts.output
-            told["ttft"] = round(counts.first - began, 4) if counts.first else None
-            self.metrics.ended(job.adapter or self.settings.base, job.tenant.name, counts, time.monotonic() - began)
+            finally:
+                counts, name = answer.counts, job.adapter or self.settings.base
+                told["prompt_tokens"], told["output_tokens"] = counts.prompt, counts.output
+                told["ttft"] = round(counts.first - began, 4) if counts.first else None
+                self.metrics.ended(name, job.tenant.name, counts, time.monotonic() - began)
 
     # Adapters
 
@@ -243,15 +257,10 @@ class Service:
                 raise Refused(
                     409, f"{name!r} is loaded already; give load_inplace: true to load it again", param="lora_name"
                 )
-        loop, done = asyncio.get_running_loop(), asyncio.Event()
-        lease = self.store.load(name, asked.lora_path, pin=asked.pinned)
-        try:
-            lease.when_done(lambda: _soon(loop, done.set))
-            await done.wait()
+        with self.store.load(name, asked.lora_path, pin=asked.pinned) as lease:
+            await _read(lease)
             if error := lease.generation.error:
                 raise Refused(400, f"{name!r} cannot be loaded: {error}", param="lora_path")
-        finally:
-            lease.release()
         return self.card(self.store.find(name))
 
     def unload(self, asked: UnloadRequest) -> None:
@@ -271,16 +280,24 @@ class Service:
         """Let go of threads."""
         self._encoding.shutdown(wait=False, cancel_futures=True)
 
-    async def _in_thread(self, call: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._encoding, call)
+    async def _in_thread(self, call: Callable[..., Any], *given: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, call, *given)
 
-    def _tok_of(self, adapter: str | None) -> Any:
+    async def _tok_of(self, adapter: str | None) -> Any:
         """The tokenizer with the chat template that an adapter was trained through."""
-        folder = Path(self.store.find(adapter).path) if adapter else None
-        return self._tok_in(folder, found) if folder and (found := looks(folder)) else self.tok
+        if adapter is None:
+            return self.tok
+        status = self.store.find(adapter)
+        template, folder = status.template, Path(status.path)
+        if template is None and (found := looks(folder)):
+            template = self._template_in(folder, found)
+        elif template is None:  # of a hub, and not here yet
+            with self.store.lease(adapter) as lease:
+                await _read(lease)
+                template = lease.generation.template
+        return self._tok_with(template)
 
-    def _with_template(self, folder: Path, _: Looks) -> Any:
-        template = formats.about(folder).get("chat_template")
+    def _with_template(self, template: str | None) -> Any:
         if not template or template == self.tok.chat_template:
             return self.tok
         tok = copy.copy(self.tok)
@@ -297,6 +314,13 @@ class Service:
     def _prefetch(self, adapter: str) -> None:
         with contextlib.suppress(LoricaError):
             self.store.prefetch(adapter)
+
+
+async def _read(lease: Lease) -> None:
+    """Wait until a load is over, well or not."""
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+    lease.when_done(lambda: _soon(loop, done.set))
+    await done.wait()
 
 
 def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
