@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from lorica import weights
 from lorica.errors import LoricaError, all_faults
+from lorica.kernels import folding
+from lorica.lowrank import LowRank
 from lorica.state import (
     State,
     activate,
@@ -69,12 +72,14 @@ def merge(
         activate(model, state, name)
     probe = check if isinstance(check, dict) else _probe(model) if check else None
     before = _outputs(model, probe)
-    size = _bytes(live(model))
-    unpacked, grown = _fold(model, state, name, keep)
-    now = {id(parameter) for _, parameter in live(model)}
+    placed = list(live(model))
+    size = _bytes(placed)
+    unpacked, grown = _fold(model, state, name, keep, placed, {})
+    placed = list(live(model))
+    now = {id(parameter) for _, parameter in placed}
     kept = {id(old): (model.get_submodule(key.rpartition(".")[0]), old) for key, old in state.base.items()}
     kept_bytes = sum(weights.nbytes(*each) for key, each in kept.items() if keep and key not in now)
-    untied = _bytes(live(model)) - size - grown
+    untied = _bytes(placed) - size - grown
     set_active(model, state, None)
     state.merged = name
     difference, same_top = _compare(before, _outputs(model, probe))
@@ -96,6 +101,29 @@ def unmerge(model: nn.Module) -> None:
     activate(model, state, name)
 
 
+def remerge(model: nn.Module, state: State, name: str) -> None:
+    """Merge another adapter in the place of the one that is merged, and into its memory.
+
+    New memory for every weight would take longer than the sums.
+    """
+    _refuse_unmergeable(model, state, name)
+    spare = _spare(model, state)
+    state.merged = None
+    activate(model, state, name)
+    _fold(model, state, name, True, list(live(model)), spare)
+    set_active(model, state, None)
+    state.merged = name
+
+
+def _spare(model: nn.Module, state: State) -> dict[str, Tensor]:
+    """The merged weights by name; none whose memory somebody else uses too."""
+    there = {key: parameter.detach() for key, parameter in live(model)}
+    users = Counter(tensor.data_ptr() for tensor in [*there.values(), *state.base.values()])
+    for each in state.adapters.values():
+        users.update(parameter.data_ptr() for parameter in each.selected.values())
+    return {key: there[key] for key in state.base if users[there[key].data_ptr()] == 1}
+
+
 def _refuse_unmergeable(model: nn.Module, state: State, name: str) -> None:
     method = state.adapters[name].method
     if method.unmergeable:
@@ -115,27 +143,40 @@ def _bytes(parameters: Iterable[tuple[str, Tensor]]) -> int:
     return sum(parameter.nbytes for parameter in {id(parameter): parameter for _, parameter in parameters}.values())
 
 
-def _fold(model: nn.Module, state: State, name: str, keep: bool) -> tuple[list[str], int]:
-    """Put merged weights in the places of the base's. A packed model becomes an ordinary one, all of it.
+def _fold(
+    model: nn.Module,
+    state: State,
+    name: str,
+    keep: bool,
+    placed: list[tuple[str, nn.Parameter]],
+    spare: dict[str, Tensor],
+) -> tuple[list[str], int]:
+    """Put merged weights in the places of the base's, `placed`. A packed model becomes an ordinary one, all of it.
+
+    Args:
+        spare: tensors that may become the merged weights of these names.
 
     Returns the layers that were packed, and the bytes that they have gained.
     """
     owners: dict[int, list[str]] = {}
-    for key, parameter in live(model):
+    for key, parameter in placed:
         owners.setdefault(id(parameter), []).append(key)
     by_matrix: dict[tuple[str, str], list[Any]] = {}
     for (path, part), patch in state.adapters[name].patches.items():
         by_matrix.setdefault((path, _kind(model, path).parameter(part)), []).append(patch)
-    packed = [path for path, layer in model.named_modules() if (kind := weights.storage(layer)) and kind.packed]
+    may_be = dict.fromkeys(key.rpartition(".")[0] for key, each in placed if weights.format_of(each) in weights.PACKED)
+    packed = [path for path in may_be if (kind := weights.storage(model.get_submodule(path))) and kind.packed]
     folded: dict[str, nn.Parameter] = {}
     grown = 0
     for path, own in dict.fromkeys([*by_matrix, *((path, "weight") for path in packed)]):
         layer, storage = model.get_submodule(path), _kind(model, path)
-        W = storage.read(layer, own)
-        for patch in by_matrix.get((path, own), ()):
-            W = patch.fold(layer, W)
         key, old = f"{path}.{own}", layer.get_parameter(own)
-        new = storage.as_stored(layer, W, _dtype(model) if storage.packed else None, own)
+        new = _summed(storage, old, by_matrix.get((path, own), []), spare.get(key))
+        if new is None:
+            W = storage.read(layer, own)
+            for patch in by_matrix.get((path, own), ()):
+                W = patch.fold(layer, W)
+            new = storage.as_stored(layer, W, _dtype(model) if storage.packed else None, own)
         folded[key] = nn.Parameter(new, requires_grad=False)
         if keep:
             state.base[key] = old
@@ -151,6 +192,21 @@ def _fold(model: nn.Module, state: State, name: str, keep: bool) -> tuple[list[s
         else:
             _untie(model, state, tied)
     return packed, grown
+
+
+def _summed(storage: weights.Storage, weight: nn.Parameter, patches: list[Any], spare: Tensor | None) -> Tensor | None:
+    """The merged weight, in `spare` if that fits; None where it takes more than one sum of two matrices."""
+    W = weight.detach()
+    if storage.name != "linear" or type(W) is not Tensor or [type(patch) for patch in patches] != [LowRank]:
+        return None
+    patch: LowRank = patches[0]
+    if patch.m is not None or patch.rows:
+        return None
+    A, B = (factor.detach() for factor in patch.factors)
+    wanted = (W.shape, W.dtype, W.device, True)
+    if spare is None or (spare.shape, spare.dtype, spare.device, spare.is_contiguous()) != wanted:
+        spare = torch.empty_like(W, memory_format=torch.contiguous_format)
+    return folding.added(W, A, B, patch.scale, spare)
 
 
 def _kind(model: nn.Module, path: str) -> weights.Storage:

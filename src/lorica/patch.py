@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lorica import weights
 from lorica.errors import LoricaError, all_faults
-from lorica.merging import MergeReport, merge, unmerge
+from lorica.merging import MergeReport, merge, remerge, unmerge
 from lorica.state import (
     Installed,
     State,
@@ -159,12 +159,11 @@ def select(model: nn.Module, name: str | None) -> None:
     state = require(model)
     if name is not None:
         known(state, name)
-    was_merged = state.merged is not None
-    if was_merged:
-        unmerge(model)
-    activate(model, state, name)
-    if was_merged and name is not None:
-        merge(model, check=False)
+    if state.merged is not None and name is not None:
+        remerge(model, state, name)
+    else:
+        state.merged = None
+        activate(model, state, name)
 
 
 @contextlib.contextmanager
