@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -93,3 +94,43 @@ def test_a_variant_is_shown_beside_lora_at_the_best_rate_of_each():
     assert lines[-1].startswith(
         "m, 2 updates of 4 E2E rows, r=8, nats per token on 3 held-out rows, 2 seeds; the base 3"
     )
+
+
+def test_a_token_that_is_not_the_likeliest_is_listed_with_what_it_lacks():
+    from serve_parts.exact import Job, _not_likeliest
+
+    from tiny import llama
+
+    model, ids = llama(), [5, 6, 7]
+    said = []
+    for _ in range(3):
+        said.append(int(model(input_ids=torch.tensor([ids + said])).logits[0, -1].argmax()))
+    right = Job("a", ids, said, "", 0, False)
+    with torch.no_grad():
+        assert _not_likeliest(model, right) == []
+        second = int(model(input_ids=torch.tensor([ids + said[:1]])).logits[0, -1].topk(2).indices[1])
+        (found,) = _not_likeliest(model, Job("a", ids, [said[0], second], "", 0, False))
+    assert found["place"] == 1 and found["behind"] == pytest.approx(found["apart"]) and found["behind"] > 0
+
+
+def test_a_report_is_rendered_with_other_units_targets_and_notes():
+    from measure import summary
+    from render import section
+
+    machine = {"date": "2026-01-01", "cores": 2, "cpu": "c", "capabilities": [], "versions": {"torch": "2"}}
+    results = {"base": summary([1.0, 3.0]), "soak": summary([5.0]) | {"unit": "requests/s"}, "x": {"skipped": "why"}}
+    told = section(
+        {
+            "bench": "serve",
+            "settings": {"repeats": 3},
+            "machine": machine,
+            "results": results,
+            "ratios": {"merged / base": 1.013, "soak: wrong answers": 0.0},
+            "targets": {"merged / base": ("<=", 1.01), "soak: wrong answers": ("<=", 0.0)},
+            "notes": ["soak: nothing wrong"],
+        }
+    )
+    assert "| base | 2.0 | 1.0 to 3.0 | 2 |  |" in told and "| soak | 5.0 requests/s | 5.0 to 5.0 | 1 |  |" in told
+    assert "| merged / base | 1.013 | <= 1.01 | short |" in told
+    assert "| soak: wrong answers | 0.000 | <= 0 | reached |" in told
+    assert told[-2] == "- soak: nothing wrong"

@@ -128,11 +128,11 @@ def _refuse_unmergeable(model: nn.Module, state: State, name: str) -> None:
     method = state.adapters[name].method
     if method.unmergeable:
         raise LoricaError(f"{method.name} cannot be merged, since {method.unmergeable}; the adapter works unmerged")
-    reasons = {path: weights.unmergeable(model.get_submodule(path)) for path, _ in state.adapters[name].patches}
+    layers = {path: model.get_submodule(path) for path, _ in state.adapters[name].patches}
+    reasons = {path: weights.unmergeable(layer) for path, layer in layers.items()}
     if faults := [f"{path}: {reason}" for path, reason in reasons.items() if reason]:
         raise all_faults("these layers cannot be merged (the adapter works unmerged):", faults)
-    away = {path for path, _ in state.adapters[name].patches if weights.offloaded(model.get_submodule(path))}
-    if away:
+    if away := {path for path, layer in layers.items() if weights.offloaded(layer)}:
         raise LoricaError(
             f"{len(away)} of the patched layers are offloaded ({min(away)}, ...), where a merged weight cannot be put:"
             " save the adapter, load the model on one device (device='cpu' will do), apply and merge it there"
@@ -161,15 +161,19 @@ def _fold(
     owners: dict[int, list[str]] = {}
     for key, parameter in placed:
         owners.setdefault(id(parameter), []).append(key)
+    layers: dict[str, tuple[nn.Module, weights.Storage]] = {}
     by_matrix: dict[tuple[str, str], list[Any]] = {}
     for (path, part), patch in state.adapters[name].patches.items():
-        by_matrix.setdefault((path, _kind(model, path).parameter(part)), []).append(patch)
+        layer = model.get_submodule(path)
+        layers[path] = layer, weights.storage_of(layer)
+        by_matrix.setdefault((path, layers[path][1].parameter(part)), []).append(patch)
     may_be = dict.fromkeys(key.rpartition(".")[0] for key, each in placed if weights.format_of(each) in weights.PACKED)
     packed = [path for path in may_be if (kind := weights.storage(model.get_submodule(path))) and kind.packed]
+    layers |= {path: (layer := model.get_submodule(path), weights.storage_of(layer)) for path in packed}
     folded: dict[str, nn.Parameter] = {}
     grown = 0
     for path, own in dict.fromkeys([*by_matrix, *((path, "weight") for path in packed)]):
-        layer, storage = model.get_submodule(path), _kind(model, path)
+        layer, storage = layers[path]
         key, old = f"{path}.{own}", layer.get_parameter(own)
         new = _summed(storage, old, by_matrix.get((path, own), []), spare.get(key))
         if new is None:
@@ -180,7 +184,7 @@ def _fold(
         folded[key] = nn.Parameter(new, requires_grad=False)
         if keep:
             state.base[key] = old
-        place(model, {key: folded[key]})
+        layer._parameters[own] = folded[key]
         if storage.packed:
             _unpack(state, layer, keep)
             grown += new.nbytes - old.nbytes
@@ -207,12 +211,6 @@ def _summed(storage: weights.Storage, weight: nn.Parameter, patches: list[Any], 
     if spare is None or (spare.shape, spare.dtype, spare.device, spare.is_contiguous()) != wanted:
         spare = torch.empty_like(W, memory_format=torch.contiguous_format)
     return folding.added(W, A, B, patch.scale, spare)
-
-
-def _kind(model: nn.Module, path: str) -> weights.Storage:
-    storage = weights.storage(model.get_submodule(path))
-    assert storage is not None, path
-    return storage
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
