@@ -6,6 +6,7 @@ Besides: which adapters are in memory, idle ones too (`lora_adapter_loaded`), wh
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ class Metrics:
 
     def __init__(self, engine: Engine, store: Store, admission: Admission) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Reading(engine, store, admission))
+        self._reading = _Reading(engine, store, admission)
+        self.registry.register(self._reading)
         names, registry = ["model_name"], self.registry
         self._first = Histogram(
             "vllm:time_to_first_token_seconds",
@@ -87,9 +89,10 @@ class Metrics:
         """New requests are turned away from now on."""
         self._draining.set(1)
 
-    def text(self) -> bytes:
-        """In Prometheus' text format."""
-        return generate_latest(self.registry)
+    async def text(self) -> bytes:
+        """In Prometheus' text format. Of a thousand adapters that takes a second, so a thread writes it."""
+        self._reading.look()
+        return await asyncio.to_thread(generate_latest, self.registry)
 
 
 class _Reading:
@@ -97,6 +100,13 @@ class _Reading:
 
     def __init__(self, engine: Engine, store: Store, admission: Admission) -> None:
         self._engine, self._store, self._admission = engine, store, admission
+        self._waiting, self._queued, self._reserved = 0, set[str](), 0
+
+    def look(self) -> None:
+        """Note what only the event loop may read."""
+        waiting = self._admission.waiting
+        self._waiting, self._queued = len(waiting), {turn.adapter for turn in waiting if turn.adapter}
+        self._reserved = sum(turn.tokens for turn in self._admission.running)
 
     def describe(self) -> list[Metric]:
         """Nothing at registration: the engine may not run yet."""
@@ -104,15 +114,14 @@ class _Reading:
 
     def collect(self) -> Iterator[Metric]:
         """The families, with the values of now."""
-        facts, waiting = self._engine.facts(), self._admission.waiting
+        facts = self._engine.facts()
         running = set(facts["running_adapters"])
-        queued = {turn.adapter for turn in waiting if turn.adapter} | set(facts["waiting_adapters"])
+        queued = self._queued | set(facts["waiting_adapters"])
         yield _gauge("vllm:num_requests_running", "Requests in the batch.", facts["running"])
-        yield _gauge("vllm:num_requests_waiting", "Requests not yet in it.", facts["waiting"] + len(waiting))
+        yield _gauge("vllm:num_requests_waiting", "Requests not yet in it.", facts["waiting"] + self._waiting)
         share = facts["kv_blocks_used"] / max(1, facts["kv_blocks"])
         yield _gauge("vllm:kv_cache_usage_perc", "Share of the cache of keys and values in use, 0 to 1.", share)
-        reserved = sum(turn.tokens for turn in self._admission.running)
-        yield _gauge("lorica_kv_tokens_reserved", "Tokens that running requests may come to.", reserved)
+        yield _gauge("lorica_kv_tokens_reserved", "Tokens that running requests may come to.", self._reserved)
         yield _gauge("lorica_kv_tokens", "Tokens that the cache holds.", self._engine.kv_tokens)
         yield _count(
             "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", facts["prompt_tokens"]

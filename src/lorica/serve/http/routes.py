@@ -81,7 +81,7 @@ class _Paths:
         return JSONResponse({"version": __version__})
 
     async def metrics(self, _: Request) -> Response:
-        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": self._service.cards(_tenant(request))})
