@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +59,7 @@ class Store:
         self._entries: dict[str, Entry] = {}
         self._aliases: dict[str, Alias] = {}
         self._alive: list[Generation] = []  # loading or in memory
+        self._leases: Counter[str] = Counter()  # of all generations of a name
         self._jobs: deque[tuple[Entry, Generation]] = deque()
         self._nbytes, self._closed = 0, False
         for name, given in (named or {}).items():
@@ -157,7 +158,7 @@ class Store:
             self._entry(name)
             generation = self._generation(name, begins) if begins else None
             if generation:
-                generation.leases += 1
+                self._taken(generation)
             before = self._aliases.get(alias)
             self._aliases[alias] = Alias(name, generation)
             if before and before.generation:
@@ -183,11 +184,11 @@ class Store:
         """What a name or alias stands for now. `Unknown` where it is neither."""
         with self.changed:
             if not (to := self._aliases.get(name)):
-                return self._status(name, self._entry(name))
+                return self._entry(name).status(name, self._leases[name])
             entry = self._entries.get(to.name)
             if entry is None and to.generation is None:
                 return Status(name, "unloaded", "", alias_of=str(to))
-            meant = self._status(to.name, entry or nowhere(), to.generation)
+            meant = (entry or nowhere()).status(to.name, self._leases[to.name], to.generation)
             return replace(meant, name=name, alias_of=str(to))
 
     def status(self) -> list[Status]:
@@ -238,13 +239,18 @@ class Store:
             self.changed.notify_all()
         return entry.coming
 
-    def _leased(self, generation: Generation) -> Lease:
+    def _taken(self, generation: Generation) -> None:
         generation.leases += 1
+        self._leases[generation.name] += 1
+
+    def _leased(self, generation: Generation) -> Lease:
+        self._taken(generation)
         generation.used = time.time()
         return Lease(generation, self.changed, self._released)
 
     def _released(self, generation: Generation) -> None:
         generation.leases -= 1
+        self._leases[generation.name] -= 1
         if not generation.leases:
             self._fits()
             self.changed.notify_all()
@@ -290,9 +296,6 @@ class Store:
         if generation.payload:
             self._nbytes -= generation.payload.nbytes
             generation.payload = None
-
-    def _status(self, name: str, entry: Entry, kept: Generation | None = None) -> Status:
-        return entry.status(name, sum(each.leases for each in self._alive if each.name == name), kept)
 
     # The loading thread
 
