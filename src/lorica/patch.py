@@ -155,7 +155,10 @@ def eject(model: nn.Module, name: str | None = None) -> None:
 
 
 def select(model: nn.Module, name: str | None) -> None:
-    """Make an adapter the active one, or none. On a merged model the new one is merged in the old one's place."""
+    """Make an adapter the active one, or none.
+
+    On a merged model the new one is merged in the old one's place, and into its memory: clone weights that you keep.
+    """
     state = require(model)
     if name is not None:
         known(state, name)
