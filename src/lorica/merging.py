@@ -18,6 +18,7 @@ from lorica.state import (
     State,
     activate,
     change,
+    displace,
     forget,
     known,
     live,
@@ -106,18 +107,27 @@ def remerge(model: nn.Module, state: State, name: str) -> None:
 
     New memory for every weight would take longer than the sums.
     """
+    assert state.merged is not None
     _refuse_unmergeable(model, state, name)
-    spare = _spare(model, state)
+    placed = dict(live(model))
+    spare = _spare(placed, state)
+    for parameter in state.adapters[state.merged].tensors().values():
+        parameter.requires_grad_(False)
+    placed |= state.base
     state.merged = None
-    activate(model, state, name)
-    _fold(model, state, name, True, list(live(model)), spare)
-    set_active(model, state, None)
+    restore_base(model, state)
+    try:
+        displace(model, state, name)
+        _fold(model, state, name, True, list((placed | state.adapters[name].selected).items()), spare)
+    except BaseException:
+        activate(model, state, name)
+        raise
     state.merged = name
 
 
-def _spare(model: nn.Module, state: State) -> dict[str, Tensor]:
+def _spare(placed: dict[str, nn.Parameter], state: State) -> dict[str, Tensor]:
     """The merged weights by name; none whose memory somebody else uses too."""
-    there = {key: parameter.detach() for key, parameter in live(model)}
+    there = {key: parameter.detach() for key, parameter in placed.items()}
     users = Counter(tensor.data_ptr() for tensor in [*there.values(), *state.base.values()])
     for each in state.adapters.values():
         users.update(parameter.data_ptr() for parameter in each.selected.values())

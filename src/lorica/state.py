@@ -246,8 +246,12 @@ def activate(model: nn.Module, state: State, name: str | None) -> None:
     set_active(model, state, name)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if name is None:
-        return
+    if name is not None:
+        displace(model, state, name)
+
+
+def displace(model: nn.Module, state: State, name: str) -> None:
+    """Put what an adapter trains whole in the base's places, and let its tensors be trained."""
     for key, parameter in state.adapters[name].selected.items():
         state.base[key] = model.get_parameter(key)
         parameter.data = parameter.data.to(state.base[key].device)
