@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import lorica
 from families import FAMILIES
@@ -313,6 +314,28 @@ def test_a_model_that_cannot_attend_inside_documents_is_trained_on_padded_batche
     assert passes.way == "narrow"
     assert passes.note.startswith("batches are padded: a pack gives the loss")
     assert attention.forward is mixing
+
+
+# A state that runs on, positions that do, and attention that asks for a mask which nobody makes in a pack.
+ALONE = {
+    "Mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "OpenAIGPT": {"n_embd": 32, "n_layer": 2, "n_head": 4, "embd_pdrop": 0.0},
+    "CodeGen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ALONE)
+def test_a_model_whose_documents_see_each_other_is_trained_on_padded_batches(family, dtype):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(vocab_size=64, **ALONE[family])
+    head = "LMHeadModel" if family == "OpenAIGPT" else "ForCausalLM"
+    model = getattr(transformers, f"{family}{head}")(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    passes = Passes(model.to(dtype).eval(), ROWS, 0)
+    assert passes.quick is None and "what one document of a pack says depends on another" in passes.note
 
 
 def test_hooks_on_a_projection_are_still_called():
