@@ -180,9 +180,11 @@ class Passes:
 
         It does where it is seen by attention without a mask, or where a state or positions run on.
         """
-        other = replace(pair[0], ids=pair[0].ids[::-1])
+        other = replace(pair[0], ids=[pair[0].ids[-1]] * len(pair[0].ids))  # an id that may be a label
         with self(self.model, [pair[1], other]) as (_, turned):
-            return not abs(float(turned[0]) - float(nats[1])) <= AGREE.get(self.dtype, APART) * float(nats[1])
+            # What is all but certain has few nats, and rounding goes by the logits.
+            limit = AGREE.get(self.dtype, APART) * (float(nats[1]) + pair[1].labels)
+            return not abs(float(turned[0]) - float(nats[1])) <= limit
 
 
 _DONE = {
