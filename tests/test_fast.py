@@ -312,7 +312,7 @@ def test_a_model_that_cannot_attend_inside_documents_is_trained_on_padded_batche
     attention.forward = mixing
     passes = Passes(model, ROWS, 1)
     assert passes.way == "narrow"
-    assert passes.note.startswith("batches are padded: a pack gives the loss")
+    assert passes.note.startswith("batches are padded: what one document of a pack says depends on another")
     assert attention.forward is mixing
 
 
