@@ -138,8 +138,8 @@ def test_adapters_in_one_pass_add_up_and_share_activations():
 
 
 def test_a_pack_that_adapters_share_is_no_fuller_than_a_pack():
-    one = plan.predict(SMALL, dataclasses.replace(WORK, lengths=(40,) * 19), process=0).memory  # 760 of 768 tokens
-    many = dataclasses.replace(WORK, lengths=(40,) * 19, beside=[dataclasses.replace(WORK, lengths=(40,) * 19)] * 3)
+    one = plan.predict(SMALL, dataclasses.replace(WORK, lengths=(40,) * 25), process=0).memory  # 1,000 of 1,024
+    many = dataclasses.replace(WORK, lengths=(40,) * 25, beside=[dataclasses.replace(WORK, lengths=(40,) * 25)] * 3)
     assert plan.predict(SMALL, many, process=0).memory.activations == pytest.approx(one.activations, rel=0.05)
 
 
@@ -166,14 +166,14 @@ def drawn_from(*lengths: int) -> list[Example]:
 
 def test_the_plan_is_of_the_update_whose_pack_is_fullest():
     settings = TrainSettings(batch=2, device="cpu", dtype="fp32")
-    # The two longest make two packs of 400; a pair that fits into one pack is fuller.
-    examples = drawn_from(*[400, 400], *[300] * 20)
+    # The two longest make two packs of 600; a pair that fits into one pack is fuller.
+    examples = drawn_from(*[600, 600], *[400] * 20)
     work = plan.work_of(plan.Asked(settings, examples, LoRA(r=4), 100))
-    assert sum(work.lengths) in (600, 700)
+    assert sum(work.lengths) in (800, 1000)
     pair = plan.work_of(plan.Asked(settings, examples[:2], LoRA(r=4), 100))
-    assert work.micro_tokens == 768 and pair.lengths == (400, 400)
-    longest = plan.work_of(plan.Asked(settings, drawn_from(900, *[300] * 20), LoRA(r=4), 100))
-    assert 900 in longest.lengths
+    assert work.micro_tokens == 1024 and pair.lengths == (600, 600)
+    longest = plan.work_of(plan.Asked(settings, drawn_from(1200, *[400] * 20), LoRA(r=4), 100))
+    assert 1200 in longest.lengths
 
 
 def test_an_adapter_that_ends_leaves_room_in_the_pack():

@@ -16,7 +16,7 @@ from lorica.kernels.precision import in_tiles
 MICRO_TOKENS = 2048
 # On a CPU more does not make a product faster, only what is kept larger; less reads all weights once more per update.
 # Where it multiplies bf16 in tiles, reading them is what takes the time, and it is given as much as a GPU.
-CPU_MICRO_TOKENS = 768
+CPU_MICRO_TOKENS = 1024
 
 
 @dataclass(frozen=True)
