@@ -219,7 +219,7 @@ def test_experts_are_refused():
         lorica.inject(FAMILIES["mixtral"](), LoRA(dora=True), "experts")
 
 
-@pytest.mark.parametrize("to", ["vllm", "sglang", "loralib", "mlx", "ray"])
+@pytest.mark.parametrize("to", ["vllm", "sglang", "loralib", "ray"])
 def test_what_cannot_say_magnitudes_is_told_to_merge(to, tmp_path):
     _, model = made("linear")
     with pytest.raises(LoricaError, match=r"(?s)DoRA's magnitudes.*lorica merge X -o DIR"):
