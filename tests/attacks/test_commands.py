@@ -41,10 +41,9 @@ def adapter(tmp_path):
 )
 def test_names_that_no_file_has(name, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused("show", name)
-    refused("data", name)
-    refused("convert", name, "--to", "peft", "-o", "out")
-    refused("generate", name, "rows.jsonl")
+    convert = ("convert", name, "--to", "peft", "-o", "out")
+    for argv in (("show", name), ("data", name), convert, ("generate", name, "rows.jsonl")):
+        assert refused(*argv)
 
 
 def test_a_damaged_adapter(adapter, refused, tmp_path):

@@ -37,6 +37,13 @@ def permuted(weight, heads):
     return weight[rows]
 
 
+def unsaid(folder, *parts):
+    """What the error of loading a folder does not say."""
+    with pytest.raises(LoricaError) as raised:
+        Adapter.load(folder)
+    return [part for part in parts if part not in str(raised.value)]
+
+
 def test_a_gguf_adapter_has_the_names_and_keys_of_llama_cpp(bases, tmp_path):
     made = adapter("linear", base=str(bases / "llama"))
     path = export(made, "gguf", tmp_path / "a.gguf").path
@@ -182,14 +189,12 @@ def test_an_mlx_folder_with_strange_tensors_or_settings_is_refused(bases, tmp_pa
     found["model.layers.0.mlp.gate_proj.m"] = torch.zeros(48)
     found["model.layers.0.mlp.down_proj.lora_a"] = torch.zeros(48, 3)
     save_file(found, folder / "adapters.safetensors")
-    with pytest.raises(LoricaError) as raised:
-        Adapter.load(folder)
-    for said in (
+    wanted = (
         "missing     model.layers.0.mlp.up_proj.lora_b",
         "unexpected  ",
         "shape       model.layers.0.mlp.down",
-    ):
-        assert said in str(raised.value)
+    )
+    assert not unsaid(folder, *wanted)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"fine_tune_type": "full"}))
     with pytest.raises(LoricaError, match="fine_tune_type is 'full'"):
@@ -227,14 +232,12 @@ def test_mlx_refuses_magnitudes_that_mean_something_else_there(bases, tmp_path):
     del found["model.layers.1.self_attn.q_proj.m"]
     found |= {f"model.embed_tokens.{part}": torch.ones(2, 2) for part in ("lora_a", "lora_b")}
     save_file(found | {"model.embed_tokens.m": torch.ones(2)}, folder / "adapters.safetensors")
-    with pytest.raises(LoricaError) as raised:
-        Adapter.load(folder)
-    for said in (
+    wanted = (
         "shape       model.layers.0.self_attn.q_proj.m: (7,) for 32 outputs",
         "missing     model.layers.1.self_attn.q_proj.m",
         "unexpected  model.embed_tokens.m: mlx-lm keeps a magnitude for each token",
-    ):
-        assert said in str(raised.value)
+    )
+    assert not unsaid(folder, *wanted)
 
 
 def test_vllm_finds_one_rank_one_alpha_and_no_pattern(tmp_path):

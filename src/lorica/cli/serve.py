@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -205,11 +204,11 @@ def _lines(settings: Settings) -> Iterator[Callable[[str], None] | None]:
 
 def _merging(line: Callable[[str], None] | None) -> Callable[[str], None]:
     """Merges and their ends are lines of the log beside the requests."""
+    from lorica.serve.http.door import stamp
 
     def tell(text: str) -> None:
         if line:
-            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            line(json.dumps({"time": now, "merge_dominant": text}, ensure_ascii=False))
+            line(json.dumps({"time": stamp(), "merge_dominant": text}, ensure_ascii=False))
 
     return tell
 

@@ -7,11 +7,12 @@ as fast for a few rows on some CPUs (no faster on others, nor for one row or for
 from __future__ import annotations
 
 import functools
-import time
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lorica.kernels.trial import pays
 
 MOST = 48  # rows
 
@@ -27,24 +28,14 @@ def fits(W: Tensor) -> bool:
 
 
 @functools.cache
-def _pays(rows: int = 16, repeats: int = 5, gain: float = 1.1) -> bool:
+def _pays(rows: int = 16, gain: float = 1.1) -> bool:
     """Measured once, on matrices that are not in a core's cache: about 0.2 s."""
     if not torch.backends.mkldnn.is_available():
         return False
     x, matrices = torch.randn(rows, 768), [torch.randn(1024, 768) for _ in range(8)]
-
-    def seconds(product) -> float:
-        began = time.perf_counter()
-        for W in matrices:
-            product(x, W)
-        return time.perf_counter() - began
-
     with torch.inference_mode():
         try:
             linear(x, matrices[0])
         except (RuntimeError, NotImplementedError, AttributeError):  # a torch without it
             return False
-        F.linear(x, matrices[0])
-        pairs = [(seconds(F.linear), seconds(linear)) for _ in range(repeats)]
-    plain, ours = (min(each) for each in zip(*pairs, strict=True))
-    return plain > gain * ours
+        return pays(lambda: [F.linear(x, W) for W in matrices], lambda: [linear(x, W) for W in matrices], gain)

@@ -8,10 +8,12 @@ kept stays small.
 from __future__ import annotations
 
 import functools
-import time
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lorica.kernels.trial import pays
 
 # Elements of a wide copy: of a head's matrix, only slices of this size are copied at a time.
 SLICE = 1 << 24
@@ -77,16 +79,9 @@ def _has_tiles() -> bool:
 
 
 @functools.cache
-def _bf16_pays(repeats: int = 5, gain: float = 1.2) -> bool:
+def _bf16_pays(gain: float = 1.2) -> bool:
     """Whether a matrix product is at least `gain` times faster in bf16: with AVX-512's instruction it is twice as fast
     on some CPUs and a third slower on others. Takes about 0.1 s."""
     x, w = torch.randn(512, 1024), torch.randn(1024, 1024)
-    pairs = {dtype: (x.to(dtype), w.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
-    best = dict.fromkeys(pairs, float("inf"))
-    for repeat in range(repeats + 1):
-        for dtype, pair in pairs.items():
-            began = time.perf_counter()
-            torch.nn.functional.linear(*pair)
-            if repeat:  # the first call of a shape also plans it
-                best[dtype] = min(best[dtype], time.perf_counter() - began)
-    return best[torch.float32] > gain * best[torch.bfloat16]
+    narrow = x.bfloat16(), w.bfloat16()
+    return pays(lambda: F.linear(x, w), lambda: F.linear(*narrow), gain)

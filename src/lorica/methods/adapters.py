@@ -19,6 +19,7 @@ ends in the residual connection, it is ``h + x + update(h + x)``. Rücklé et al
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -93,7 +94,7 @@ class BeforeNorm(Bottleneck):
 
 
 @dataclass(frozen=True)
-class _Adapters:
+class _Adapters(ABC):
     """What the four have in common.
 
     Attributes:
@@ -135,9 +136,9 @@ class _Adapters:
     def _kept(self, stack: Sequence[str]) -> Sequence[str]:
         return stack
 
+    @abstractmethod
     def _places(self, block: places.Block) -> list[tuple[str, Callable[..., Bottleneck]]]:
         """Where in a block, and which patch."""
-        raise NotImplementedError
 
 
 class AdapterH(_Adapters):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lorica.kernels.documents import attending
+from lorica.kernels.folding import added
 from lorica.serve.engine import Engine
 from lorica.serve.leases import Lease
 from lorica.serve.rows import Layers
@@ -145,8 +146,10 @@ class Dominant:
         """``W + s B A`` of a layer as it is stored, made in fp32 and rounded once."""
         layer, up = self.layers.layers[index], rows.ups[index]
         A = rows.downs[layer.group.index][up.lo : up.hi]
-        W = torch.addmm(layer.kind.read(layer.module), up.B.T.float(), A.float())
-        return layer.kind.as_stored(layer.module, W)
+        weight = layer.module.get_parameter("weight").detach()
+        merged, stored = torch.empty_like(weight), layer.kind.stored
+        added(stored(weight), A, up.B.T, 1.0, stored(merged))
+        return merged
 
     def _unfit(self, rows: Rows) -> str | None:
         model = self.layers.model

@@ -58,12 +58,10 @@ class _Layer:
     """One linear layer of the base and the group it reads its input with."""
 
     def __init__(self, path: str, module: nn.Module, index: int) -> None:
-        kind = weights.storage(module)
-        assert kind is not None
+        self.kind = weights.storage_of(module)
         self.path, self.module, self.index = path, module, index
-        self.out, self.into = kind.shape(module)
+        self.out, self.into = self.kind.shape(module)
         self.group = _Group(index)
-        self.kind = kind
         self.own: Tensor | None = None  # the base's weight, while the module has another
 
     def gain(self, A: Tensor, B: Tensor, m: Tensor, scale: float) -> Tensor:

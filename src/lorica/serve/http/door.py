@@ -75,10 +75,15 @@ class Door:
             return
         names = ("id", "tenant", "model", "status", "prompt_tokens", "output_tokens", "ttft")
         line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "time": stamp(),
             "method": scope["method"],
             "path": scope["path"],
             **{name: told[name] for name in names if name in told},
             "seconds": round(seconds, 4),
         }
         self._line(json.dumps(line, ensure_ascii=False))
+
+
+def stamp() -> str:
+    """The time, as lines of the log have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
