@@ -41,6 +41,9 @@ from lorica.passes import Passes
 EFFICIENCY = 0.55
 # What an allocator keeps beyond what is asked for, as a share of the tensors that come and go: pieces that fit nothing.
 SLACK = 0.06
+# And on a CPU, whatever their size: glibc's heap holds the cut edges of aligned pieces in a cache, which keep pieces
+# beside them from becoming one again (measured, docs/LOG.md).
+HEAP = 150_000_000
 # Bytes per parameter of a packed base: 4 bits and an fp32 scale per 64, or 8 bits and (nearly nothing) a scale per row.
 PACKED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 # Starts that are made from weights, which a plan has not, and others that take the same room.
@@ -53,7 +56,7 @@ FULLER = 1.02
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, by what they are for; `process` is what Python and its libraries hold without a model."""
+    """Bytes, by what they are for; `process` is what Python, its libraries and the heap hold without a model."""
 
     process: int
     weights: int
@@ -166,7 +169,7 @@ def predict(
     Args:
         config: of a causal model.
         work: what is trained on what.
-        process: bytes that the process holds without the model; those of this one if left out.
+        process: bytes that the process holds without the model (see `room`); those of this one if left out.
         peak: FLOP/s of a matrix product in this dtype on this machine; with it, the time is predicted too.
         kind: the class that the config belongs to.
     """
@@ -179,7 +182,7 @@ def predict(
     if work.quantize != "none":
         base -= int(found.linear * (width - PACKED[work.quantize]))
     memory = Memory(
-        process=psutil.Process().memory_info().rss if process is None else process,
+        process=room(torch.device("cpu"))[1] if process is None else process,
         weights=base,
         trained=found.own,
         gradients=found.trainable * (width if work.method is None else 4),
@@ -191,11 +194,11 @@ def predict(
 
 
 def room(device: torch.device) -> tuple[int, int]:
-    """Bytes that this process may hold on a device, and those that it holds there now."""
+    """Bytes that this process may hold on a device, and those that it holds there now or will for no tensor."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], 0
     held = psutil.Process().memory_info().rss
-    return psutil.virtual_memory().available + held, held
+    return psutil.virtual_memory().available + held, held + HEAP
 
 
 def fitting(

@@ -1,4 +1,4 @@
-"""Safetensors files that others wrote: their header is checked before anything is mapped, their numbers before use.
+"""Safetensors files. Of those that others wrote the header is checked before anything is mapped, numbers before use.
 
 The library checks offsets against the size of the file. What it takes and we do not: a header that is long to read, two
 tensors of one name, sizes that no tensor here can have (zero, or above 2^40), elements that are no finite numbers.
@@ -6,6 +6,7 @@ tensors of one name, sizes that no tensor here can have (zero, or above 2^40), e
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,16 +14,29 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lorica.doors import is_words, parsed, size_of
 from lorica.errors import LoricaError, shown
+from lorica.files import file_atomic
 
 HEADER_BYTES = 32 << 20  # some 200,000 tensors: an adapter of every expert of the largest mixtures has half of that
 LARGEST_SIZE = 2**40
 _FLOATS = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
 }  # fmt: skip
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], told: Any) -> None:
+    """Replace `path` in one step by these tensors, in their order, and an object under `lorica` in the header.
+
+    They are written from where they lie, without a copy of the file in memory.
+    """
+    # One key only: safetensors writes several in random order, and the same tensors are to give the same bytes.
+    words = {"lorica": json.dumps(told, sort_keys=True)}
+    with file_atomic(path) as temporary:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=words)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

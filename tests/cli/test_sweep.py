@@ -92,12 +92,14 @@ def test_a_dry_run_finds_the_rate_and_leaves_nothing(task, tmp_path, capsys, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_of_a_sweep_names_its_members(task, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_of_a_sweep_shows_its_header(task, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *task, "--sweep", "seed=0,1", "targets=q_proj+v_proj,mlp", "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "4 adapters in one pass:" in said
-    assert "  seed1-targetsq_proj_v_proj\n" in said
+    said = capsys.readouterr()
+    assert "4 adapters in one pass:" in said.out
+    lines = [line.strip() for line in said.err.splitlines()]
+    assert sum(line.startswith("seed1-targetsq_proj_v_proj   r 8, alpha 16 (x2), q_proj,v_proj") for line in lines) == 1
+    assert sum(line.startswith("plan") and " of updates" in line for line in lines) == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -99,6 +99,7 @@ def test_a_dry_run_shows_sources_and_the_header_and_writes_nothing(task, tmp_pat
     assert words["rank"] == ["rank", "2", "flag"]
     assert words["alpha"] == ["alpha", "16.0", "default"]
     assert "5e-4 (2000 / 16)^0.775" in said.err
+    assert any(line.startswith("plan ") and " of updates" in line for line in said.err.splitlines())
     assert list(tmp_path.iterdir()) == []
 
 

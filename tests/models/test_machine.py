@@ -65,3 +65,11 @@ def test_auto_takes_the_first_gpu_else_the_cpu(monkeypatch):
 def test_a_device_that_is_not_there_is_an_error(word, said):
     with pytest.raises(LoricaError, match=said):
         resolve_device(word)
+
+
+def test_the_peak_is_that_of_the_format_training_multiplies_in(monkeypatch):
+    made = []
+    monkeypatch.setattr(machine, "computes_in", lambda x: torch.float32 if x.dtype == torch.bfloat16 else x.dtype)
+    monkeypatch.setattr(torch, "mm", lambda x, w: made.append(x.dtype))
+    assert machine._gemm_rate("bf16", "cpu", 8, 0.0) > 0
+    assert set(made) == {torch.float32}

@@ -88,15 +88,18 @@ def run(settings: Settings, base: TrainSettings, model: Any, tok: Any) -> int | 
     return code
 
 
-def plan(settings: Settings, base: TrainSettings) -> None:
-    """The members that `run` would train."""
+def plan(settings: Settings, base: TrainSettings, model: Any, tok: Any) -> None:
+    """The header of what `run` would do."""
     from lorica.cli.terminal import say
+    from lorica.train import many
     from lorica.train.grid import members
 
     grid = members(base, values(settings.sweep))
     say(f"{len(grid)} adapters in one pass:")
-    for name in grid:
-        say(f"  {name}")
+    with _board(settings) as report:
+        for name, facts in many.preview(model, tok, settings.data, grid).items():
+            if report:
+                report({"kind": "start", "member": name} | facts)
 
 
 def found(settings: Settings, base: TrainSettings, model: Any, tok: Any, keep: bool = True) -> TrainSettings:
@@ -191,7 +194,8 @@ class _Board:
             self._line(f"data    {Path(event['data']).name or 'examples'}   {event['train']:,} train, {held}")
             for label, text in planned(event):
                 self._line(f"{label:<8}{text}")
-            self._line(f"out     {Path(event['run']).parent}")
+            if "run" in event:
+                self._line(f"out     {Path(event['run']).parent}")
         self.steps[member] = event["steps"]
         rate = f"lr {event['lr']:g} {event['schedule']}"
         what = f"{event['detail']}, {number(event['trainable'])}"

@@ -85,10 +85,10 @@ def plan(settings: Settings) -> None:
     if not speaks():
         return
     job = _job(settings)
-    if settings.sweep:
-        sweep.plan(settings, job.settings)
-        return
     model, tok = _loaded(job)
+    if settings.sweep:
+        sweep.plan(settings, job.settings, model, tok)
+        return
     if settings.find_lr:
         job.settings = sweep.found(settings, job.settings, model, tok, keep=False)
     show_header(console, "lorica train --dry-run", preview(model, tok, job.data, job.settings))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import struct
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lorica import doors, tensorfiles, weights
 from lorica.errors import LoricaError, all_faults, shown
-from lorica.files import write_atomic
+from lorica.files import file_atomic
 from lorica.formats import Contents, gguf_header, meta_of
 from lorica.formats.updates import STORED, Update, contents_of, one_alpha, updates
 from lorica.targets import candidates
@@ -91,8 +90,7 @@ def write(path: Path, contents: Contents, config: PretrainedConfig, dtype: str =
         "dropout": contents.method.dropout,
         "meta": {key: value for key, value in contents.meta.items() if key != "target_modules"},
     }
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "adapter.gguf"
+    with file_atomic(path) as file:
         writer = gguf.GGUFWriter(file, base.arch)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -105,7 +103,6 @@ def write(path: Path, contents: Contents, config: PretrainedConfig, dtype: str =
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        write_atomic(path, file.read_bytes())
     return notes
 
 

@@ -15,19 +15,16 @@ opened only when that is asked for.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from lorica import doors, tensorfiles
 from lorica.errors import LoricaError, all_faults, shown
-from lorica.files import write_atomic
 from lorica.formats import Contents, meta_of
 from lorica.formats.pair import DTYPES
 from lorica.formats.updates import (
@@ -68,10 +65,10 @@ def write(path: Path, contents: Contents, dtype: str = "fp32") -> list[str]:
     notes += [
         f"{layer}: MergedLinear with enable_lora={[slot != OFF for slot in each]}" for layer, each in slots.items()
     ][:1]
-    tensors = {key: tensor.to(DTYPES[dtype]).contiguous() for key, tensor in rest.items()}
+    tensors = {key: tensor.to(DTYPES[dtype]) for key, tensor in rest.items()}
     for layer, update in found.items():
         for factor in "AB":
-            tensors[f"{layer}.lora_{factor}"] = getattr(update, factor).to(DTYPES[dtype]).contiguous()
+            tensors[f"{layer}.lora_{factor}"] = getattr(update, factor).to(DTYPES[dtype])
     ours = {
         "alpha": alpha,
         "slots": slots,
@@ -79,7 +76,7 @@ def write(path: Path, contents: Contents, dtype: str = "fp32") -> list[str]:
         "meta": {key: value for key, value in contents.meta.items() if key != "target_modules"},
         "beside": {"bias": contents.method.bias, "modules_to_save": contents.method.modules_to_save},
     }
-    write_atomic(path, save(dict(sorted(tensors.items())), metadata={"lorica": json.dumps(ours, sort_keys=True)}))
+    tensorfiles.write(path, dict(sorted(tensors.items())), ours)
     return notes
 
 

@@ -13,6 +13,7 @@ an embedding's magnitudes, of which mlx-lm has one for each token instead of one
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -20,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from lorica import doors, tensorfiles
@@ -69,20 +69,15 @@ def write(folder: Path, contents: Contents, dtype: str = "fp32", tied: bool | No
         },
     }  # fmt: skip
     tensors = {
-        f"{path}.lora_{factor.lower()}": getattr(update, factor).T.to(DTYPES[dtype]).contiguous()
+        f"{path}.lora_{factor.lower()}": getattr(update, factor).T.to(DTYPES[dtype])
         for path, update in sorted(found.items())
         for factor in "AB"
-    } | {f"{path}.m": m.to(DTYPES[dtype]).contiguous() for path, m in sorted(sizes.items())}
+    } | {f"{path}.m": m.to(DTYPES[dtype]) for path, m in sorted(sizes.items())}
     kept = {key: value for key, value in contents.meta.items() if key != "target_modules"}
-    blob = save(tensors, metadata={"lorica": json.dumps(kept, sort_keys=True)})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    if folder.is_dir():
-        write_atomic(folder / TENSORS, blob)
-        write_atomic(folder / CONFIG, text)
-    else:
-        with folder_atomic(folder) as new:
-            (new / TENSORS).write_bytes(blob)
-            (new / CONFIG).write_text(text)
+    with contextlib.nullcontext(folder) if folder.is_dir() else folder_atomic(folder) as place:
+        tensorfiles.write(place / TENSORS, tensors, kept)
+        write_atomic(place / CONFIG, text)
     return notes
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from lorica import doors, tensorfiles
@@ -27,16 +27,10 @@ def write(
         raise LoricaError(f"an adapter is kept as one of {', '.join(DTYPES)}, not {dtype!r}")
     # What is inside is not sorted: of several patterns that fit, the first counts.
     text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
-    cast = {key: tensor.to(DTYPES[dtype]).contiguous() for key, tensor in sorted(tensors.items())}
-    # One key only: safetensors writes several in random order, and the same adapter is to give the same bytes.
-    blob = save(cast, metadata={"lorica": json.dumps(metadata, sort_keys=True)})
-    if folder.is_dir():
-        write_atomic(folder / TENSORS, blob)
-        write_atomic(folder / CONFIG, text)
-        return
-    with folder_atomic(folder) as new:
-        (new / TENSORS).write_bytes(blob)
-        (new / CONFIG).write_text(text)
+    cast = {key: tensor.to(DTYPES[dtype]) for key, tensor in sorted(tensors.items())}
+    with contextlib.nullcontext(folder) if folder.is_dir() else folder_atomic(folder) as place:
+        tensorfiles.write(place / TENSORS, cast, metadata)
+        write_atomic(place / CONFIG, text)
 
 
 def load_config(folder: Path) -> dict[str, Any]:

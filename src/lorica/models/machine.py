@@ -8,7 +8,7 @@ import time
 import torch
 
 from lorica.errors import LoricaError, nearest
-from lorica.kernels.precision import cpu_multiplies_bf16
+from lorica.kernels.precision import computes_in, cpu_multiplies_bf16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,10 +59,9 @@ def native_bf16(device: torch.device) -> bool:
 
 @functools.cache
 def gemm_peak(dtype: str, device: str = "cpu", seconds: float = 0.3) -> float:
-    """FLOP/s of a square matrix product, the median over a time.
+    """FLOP/s of a square matrix product, the median over a time, in the format that training makes it in.
 
-    Of 2048^3, or of the largest below it that takes no more than the time: a CPU without the instructions for a format
-    may be a thousand times slower in it.
+    Of 2048^3, or of the largest below it that takes no more than the time.
     """
     size, rate = 256, 0.0
     while size <= 2048 and (not rate or 2 * size**3 / rate < seconds):
@@ -72,7 +71,8 @@ def gemm_peak(dtype: str, device: str = "cpu", seconds: float = 0.3) -> float:
 
 
 def _gemm_rate(dtype: str, device: str, size: int, seconds: float) -> float:
-    x, w = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
+    kept = torch.empty(0, device=device, dtype=DTYPES[dtype])
+    x, w = (torch.randn(size, size, device=device, dtype=computes_in(kept)) for _ in range(2))
     times: list[float] = []
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or len(times) < 3:

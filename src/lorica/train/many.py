@@ -112,13 +112,10 @@ def train(
         LoricaError: with every member that cannot be part of it and why; the model is then as it was.
         Interrupted: Ctrl-C or SIGTERM, after the round at hand and with everything saved.
     """
-    if faults := unusable(model, data, members):
-        raise all_faults(REFUSED, faults)
     began = time.monotonic()
-    sets = _sets(tok, data, members)
-    together = _Together(model, tok, sets, members)
+    together = _together(model, tok, data, members)
     name = getattr(model.config, "_name_or_path", "")  # type: ignore[union-attr]
-    source = next(iter(sets.values())).source
+    source = next(iter(together.sets.values())).source
     path = new(out, f"{Path(source or name).stem}-sweep")
     was_training = model.training
     try:
@@ -142,6 +139,17 @@ def train(
     if not whole:
         raise Interrupted(sweep)
     return sweep
+
+
+def preview(model: nn.Module, tok: Any, data: Any, members: Mapping[str, TrainSettings]) -> dict[str, dict[str, Any]]:
+    """What each member of a training that is not made would say at its start. The model gets their adapters."""
+    return _together(model, tok, data, members).facts
+
+
+def _together(model: nn.Module, tok: Any, data: Any, members: Mapping[str, TrainSettings]) -> _Together:
+    if faults := unusable(model, data, members):
+        raise all_faults(REFUSED, faults)
+    return _Together(model, tok, _sets(tok, data, members), members)
 
 
 class _Together:

@@ -104,12 +104,12 @@ class Optimizer:
         self.parameters, self.masters, self.gradients, self.flat = {}, {}, {}, []
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, moments and counts by ``<what>/<parameter>``, on the CPU."""
+        """Weights, moments and counts by ``<what>/<parameter>``, on the CPU; not copied if they are there."""
         tensors = {f"weight/{name}": master for name, master in self.masters.items()}
         for name, (place, _) in self.places.items():
             for key, value in self.adamw.state.get(self.flat[place], {}).items():
-                tensors[f"{key}/{name}"] = self._part(name, value) if value.ndim else value
-        return {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+                tensors[f"{key}/{name}"] = self._part(name, value) if value.ndim else value.clone()
+        return {key: tensor.detach().to("cpu") for key, tensor in tensors.items()}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

@@ -24,6 +24,7 @@ from lorica.targets import FRESH, Target, head_parameters, resolve
 from lorica.tasks import Task, task_of
 from lorica.train import guards, start
 from lorica.train.examples import Prepared, prepare
+from lorica.train.forecast import forecast
 from lorica.train.recipe import in_words, method_of, settings_of
 from lorica.train.settings import (
     DEFAULT_EPOCHS,
@@ -62,7 +63,8 @@ def ready(
 def preview(model: nn.Module, tok: Any, data: Any, settings: TrainSettings) -> dict[str, Any]:
     """The `facts` of a training that is not made. The model gets the adapter that would be trained."""
     prepared, settings = ready(model, tok, data, settings)
-    return facts(model, tok, prepared, settings)
+    ahead = forecast(model, {patch.active(model) or "": (prepared, settings)})
+    return facts(model, tok, prepared, settings) | ahead.facts()
 
 
 def equip(model: nn.Module, settings: TrainSettings) -> None:

@@ -10,18 +10,15 @@ which says how long they are, then best/ and last/. What is newer than the state
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from lorica import doors, tensorfiles
 from lorica.errors import all_faults, shown
-from lorica.files import write_atomic
 from lorica.train.folder import METRICS, SAMPLES
 
 FILE = Path("state") / "state.safetensors"
@@ -54,9 +51,7 @@ class State:
 
 def write(folder: Path, state: State, tensors: Mapping[str, Tensor]) -> None:
     """Replace the state of the run in `folder`."""
-    header = {"lorica": json.dumps(dataclasses.asdict(state))}
-    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    write_atomic(folder / FILE, save(contiguous, metadata=header))
+    tensorfiles.write(folder / FILE, tensors, dataclasses.asdict(state))
 
 
 def read(folder: Path) -> tuple[State, dict[str, Tensor]] | None:
