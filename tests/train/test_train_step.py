@@ -161,6 +161,13 @@ def test_long_examples_are_put_into_packs_that_hold_them():
     assert [len(piece) for piece in packs(long, None)] == [2, 2, 1]
 
 
+def test_a_row_longer_than_a_pack_is_one_pass_and_no_pass_is_empty():
+    rows = [Example([2] * length, [False] + [True] * (length - 1)) for length in (3000, 100, 2500, 90)]
+    assert packs(rows[:1], None, tokens=1024) == [[0]]
+    assert packs(rows, None, tokens=1024) == [[0], [2], [1, 3]]
+    assert packs(rows[:1], None, processes=2, tokens=1024) == [[0], []]
+
+
 def test_packs_are_as_few_as_do_and_equally_full():
     mixed = [Example([2] * length, [True] * length) for length in (500, 20, 30, 480, 470, 40, 460, 10)]
     sums = [sum(len(mixed[i].ids) for i in piece) for piece in packs(mixed, None, tokens=1024)]

@@ -75,7 +75,8 @@ def packs(
     """
     lengths = [len(example.ids) for example in batch]
     rows = min(micro or len(batch), math.ceil(len(batch) / processes))
-    count = max(math.ceil(sum(lengths) / tokens), math.ceil(len(batch) / rows))
+    # A row longer than a pack is one by itself, and takes no room that would have to be filled.
+    count = max(math.ceil(sum(min(length, tokens) for length in lengths) / tokens), math.ceil(len(batch) / rows))
     while True:
         pieces = _spread_out(lengths, count, rows)
         if count >= len(batch) or all(sum(lengths[i] for i in piece) <= tokens or len(piece) == 1 for piece in pieces):
