@@ -41,9 +41,7 @@ from lorica.passes import Passes
 EFFICIENCY = 0.55
 # What an allocator keeps beyond what is asked for, as a share of the tensors that come and go: pieces that fit nothing.
 SLACK = 0.06
-# And on a CPU, whatever their size: glibc's heap holds the cut edges of aligned pieces in a cache, which keep pieces
-# beside them from becoming one again (measured, docs/LOG.md).
-HEAP = 150_000_000
+HEAP = 150_000_000  # and on a CPU about so much more, whatever their size: what glibc's heap cannot join (docs/LOG.md)
 # Bytes per parameter of a packed base: 4 bits and an fp32 scale per 64, or 8 bits and (nearly nothing) a scale per row.
 PACKED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 # Starts that are made from weights, which a plan has not, and others that take the same room.
@@ -173,8 +171,7 @@ def predict(
         peak: FLOP/s of a matrix product in this dtype on this machine; with it, the time is predicted too.
         kind: the class that the config belongs to.
     """
-    fullest = _fullest(work)
-    found = _grown(config, work, fullest, kind)
+    found = _grown(config, work, fullest := _fullest(work), kind)
     tokens = sum(map(sum, (each.lengths for each in work.everyone)))
     flops = found.flops * tokens / sum(len(example.ids) for _, example in fullest)
     width = DTYPES[work.dtype].itemsize

@@ -30,6 +30,7 @@ from lorica.passes import Passes
 from lorica.tasks.sequences import SequencePasses
 from lorica.train.examples import cut, labels_in
 from lorica.train.guards import finite
+from lorica.train.memory import relieve
 from lorica.train.optimizer import Optimizer
 from lorica.train.settings import TrainSettings, rate
 
@@ -126,4 +127,5 @@ def _backward(
         with passes(model, piece or batch[:1], keys=[keys[i] for i in places or [0]]) as (mean, _):
             (mean * (weight * scale)).backward()
         loss += mean.detach() * weight
+        relieve()
     return accelerator.reduce(loss, "sum")

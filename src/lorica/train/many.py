@@ -41,7 +41,7 @@ from lorica.train.folder import new
 from lorica.train.forecast import arranged, forecast
 from lorica.train.loop import loss_scales
 from lorica.train.member import Drawn, Member, Report
-from lorica.train.memory import peak_rss_bytes
+from lorica.train.memory import peak_rss_bytes, relieve
 from lorica.train.ranking import Row
 from lorica.train.recipe import method_of
 from lorica.train.run import stoppable
@@ -287,6 +287,7 @@ class _Together:
                 owners=[live[k].name for k, _ in here],
             ) as (loss, nats):
                 (loss * scale).backward()
+            relieve()
             losses.index_add_(0, torch.tensor([k for k, _ in here]), nats.double().cpu() * torch.tensor(weights))
         return losses.tolist()
 
