@@ -17,8 +17,12 @@ HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "bench.md"
 README = HERE.parent / "README.md"
 VARIANTS = HERE.parent / "docs" / "methods-variants.md"
-DIGITS = {"nats": 3}  # of a number in this unit; else 1
-UNITS = {"train": "tok/s", "many": "tok/s", "plan": "GB", "classify": "%", "variants": "nats", "serve": "tok/s"}
+DIGITS = {"nats": 3, "s": 2}  # of a number in this unit; else 1
+UNITS = {"train cost": "s", "plan": "GB", "classify": "%", "variants": "nats"}  # else tok/s
+PICTURES = {
+    "plan": "![predicted against measured peaks](plan.png)",
+    "train cost": "![seconds of an update against rank, tokens per row and rows](cost.png)",
+}
 
 
 def main() -> None:
@@ -82,7 +86,7 @@ def cpu(machine: dict[str, Any]) -> str:
 def section(report: dict[str, Any]) -> list[str]:
     """Heading, machine, contenders and ratios of one report."""
     machine = report["machine"]
-    unit = UNITS[report["bench"].split()[0]]
+    unit = UNITS.get(report["bench"]) or UNITS.get(report["bench"].split()[0], "tok/s")
     digits = DIGITS.get(unit, 1)
     libraries = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
@@ -93,10 +97,13 @@ def section(report: dict[str, Any]) -> list[str]:
     ]
     lines += [f"Settings: {', '.join(f'{key} {value}' for key, value in report['settings'].items())}.", ""]
     lines += plans(report["results"]) if report["bench"] == "plan" else contenders(report["results"], unit, digits)
+    if picture := PICTURES.get(report["bench"]):
+        lines += ["", picture]
     lines += ["", "| ratio | measured | target | |", "|---|---|---|---|"]
     targets = {name: tuple(target) for name, target in report["targets"].items()}
     for name, ratio, target, good in judged(report["ratios"], targets):
         lines.append(f"| {name} | {ratio:.3f} | {target} | {'reached' if good else 'short'} |")
+    lines += [f"| {name} | {ratio:.3f} | | |" for name, ratio in report["ratios"].items() if name not in targets]
     lines += ["", *(f"- {note}" for note in report["notes"])] if report.get("notes") else []
     return [*lines, ""]
 
@@ -124,7 +131,7 @@ def plans(results: dict[str, Any]) -> list[str]:
             continue
         header = f"{row['header']:.2f} | {row['header_error']:+.1%}" if row["header"] else "none | "
         lines.append(f"| {name} | {row['median']:.2f} | {row['plan']:.2f} | {row['error']:+.1%} | {header} |")
-    return [*lines, "", "![predicted against measured peaks](plan.png)"]
+    return lines
 
 
 if __name__ == "__main__":
