@@ -35,11 +35,11 @@ def ids(text: str) -> list[int]:
 class Request:
     """One that was submitted; `say` and `end` answer it, as an engine would from its own thread."""
 
-    def __init__(self, prompt: Sequence[int], sampling: Sampling, lease: Lease | None) -> None:
+    def __init__(self, prompt: Sequence[int], sampling: Sampling, lease: Lease | None, space: str) -> None:
         self.prompt, self.sampling, self.lease = bytes(prompt).decode(errors="replace"), sampling, lease
         self.adapter = lease.name if lease else None
         self.stream = Stream(lambda: self.end("cancelled"))
-        self.left = sampling.max_tokens
+        self.left, self.space = sampling.max_tokens, space
 
     def say(self, text: str) -> None:
         for token in ids(text):
@@ -77,10 +77,10 @@ class Fake:
     def open(self) -> list[Request]:
         return [request for request in self.requests if not request.stream.ended]
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling, lease: Lease | None) -> Stream:
+    def submit(self, prompt: Sequence[int], sampling: Sampling, lease: Lease | None, space: str = "") -> Stream:
         if len(prompt) + sampling.max_tokens > self.kv_tokens:
             raise TooLong("never")
-        request = Request(prompt, sampling, lease)
+        request = Request(prompt, sampling, lease, space)
         self.requests.append(request)
         if self.answer:
             request.say(self.answer(request))

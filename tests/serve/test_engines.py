@@ -39,9 +39,9 @@ class Running:
         self.engine.stop()
         self.store.close()
 
-    def ask(self, name, ids, count=12, **sampling):
+    def ask(self, name, ids, count=12, space="", **sampling):
         lease = self.store.lease(name) if name else None
-        return self.engine.submit(ids, Sampling(count, ignore_eos=True, **sampling), lease)
+        return self.engine.submit(ids, Sampling(count, ignore_eos=True, **sampling), lease, space)
 
 
 def said(stream) -> list[int]:
@@ -92,6 +92,17 @@ def test_a_prefix_is_shared_within_an_adapter_only(running):
         assert [token.id for token in tokens] == alone(merged()[name], ids)
     again = running.ask("r2", ids).result()
     assert again[1].cached_tokens == 48 and again[0] == first[0]
+
+
+def test_a_prefix_is_shared_within_a_space_only(running):
+    """Else who is told how much of a prompt was in the cache learns what another tenant asked."""
+    ids = prompt(98, 49)
+    for name in ("r2", None):
+        for space in ("", "support", "ops"):
+            tokens, end = running.ask(name, ids, space=space).result()
+            assert end.cached_tokens == 0
+            assert [token.id for token in tokens] == alone(merged()[name], ids)
+            assert running.ask(name, ids, space=space).result()[1].cached_tokens == 48
 
 
 def test_what_can_never_be_served_is_refused_before_it_reaches_the_loop(running):

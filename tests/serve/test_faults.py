@@ -206,6 +206,14 @@ async def test_a_key_keeps_to_its_rate(serve):
 
 
 @run_in_loop
+async def test_a_key_s_prompts_are_cached_in_a_space_of_its_own(serve):
+    server = serve(named, keys=KEYS)
+    for key in ("sk-ops-0123456789", "sk-support-0123456789"):
+        assert (await server.client(key).post("/v1/completions", {"model": "a", "prompt": "x"})).status == 200
+    assert [request.space for request in server.engine.requests] == ["ops", "support"]
+
+
+@run_in_loop
 async def test_one_key_s_flood_keeps_no_other_waiting_for_long(serve):
     server = serve(keys=KEYS, kv_tokens=40, running=2, waiting=20)
     order = []

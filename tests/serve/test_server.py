@@ -39,8 +39,8 @@ class Ticking(Fake):
 
     max_context = 2000
 
-    def submit(self, prompt, sampling, lease):
-        stream = super().submit(prompt, sampling, lease)
+    def submit(self, prompt, sampling, lease, space=""):
+        stream = super().submit(prompt, sampling, lease, space)
         threading.Thread(target=self._tick, args=(self.requests[-1],), daemon=True).start()
         return stream
 

@@ -14,6 +14,7 @@ Tested on one minor of transformers; `open_engine` uses `plain` for others.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -80,9 +81,9 @@ class Bridge:
         self.requests.close()
         self._undo.close()
 
-    def submit(self, ids: Sequence[int], sampling: Sampling, lease: Lease | None) -> Stream:
+    def submit(self, ids: Sequence[int], sampling: Sampling, lease: Lease | None, space: str = "") -> Stream:
         """See `engine.Engine`."""
-        return self.requests.submit(ids, sampling, lease)
+        return self.requests.submit(ids, sampling, lease, space)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -235,7 +236,7 @@ class _Cache(PagedAttentionCache):
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         request = self.bridge.requests.by_id[request_id]
-        found = super().search_prefix_match(request_id, _salted(prompt_ids, request.digest, self.config.vocab_size))
+        found = super().search_prefix_match(request_id, _salted(prompt_ids, _salt(request), self.config.vocab_size))
         if not request.said:
             request.cached = found
         return found
@@ -243,9 +244,16 @@ class _Cache(PagedAttentionCache):
     def mark_complete_blocks(self, state: Any, complete_blocks: dict[str, int]) -> None:
         request = self.bridge.requests.by_id.get(state.request_id)  # none where it has just failed
         if request and self.allow_block_sharing and complete_blocks and state.status != RequestStatus.FINISHED:
-            tokens = _salted(state.initial_tokens + state.generated_tokens, request.digest, self.config.vocab_size)
+            tokens = _salted(state.initial_tokens + state.generated_tokens, _salt(request), self.config.vocab_size)
             for name, count in complete_blocks.items():
                 self.cache_allocators[name].mark_complete_blocks(state.request_id, tokens, count)
+
+
+def _salt(request: Request) -> str:
+    """What its prompt's keys and values depend on beside the prompt, and whose they are; nothing for the base's own."""
+    if not request.space:
+        return request.digest
+    return hashlib.sha256(f"{request.space} {request.digest}".encode()).hexdigest()
 
 
 def _salted(ids: list[int], digest: str, vocab: int) -> list[int]:

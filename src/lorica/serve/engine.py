@@ -199,8 +199,11 @@ class Engine(Protocol):
     def stop(self) -> None:
         """End every request that is not done, as cancelled, and free what the engine holds."""
 
-    def submit(self, ids: Sequence[int], sampling: Sampling, lease: Lease | None) -> Stream:
+    def submit(self, ids: Sequence[int], sampling: Sampling, lease: Lease | None, space: str = "") -> Stream:
         """Queue a prompt; returns at once, also while the adapter is loading. None asks the base.
+
+        Prompts are found in the prefix cache by requests of their own `space` only: who is told how much of a prompt
+        was there would learn what others asked.
 
         The engine owns the lease from here on and releases it when the request ends, also where this raises.
 

@@ -57,9 +57,9 @@ class Plain:
         self.requests.close()
         self._undo.close()
 
-    def submit(self, ids: Sequence[int], sampling: Sampling, lease: Lease | None) -> Stream:
+    def submit(self, ids: Sequence[int], sampling: Sampling, lease: Lease | None, space: str = "") -> Stream:
         """See `engine.Engine`."""
-        return self.requests.submit(ids, sampling, lease)
+        return self.requests.submit(ids, sampling, lease, space)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

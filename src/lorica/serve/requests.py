@@ -56,7 +56,7 @@ class Request:
         self.cached = self.deaths = 0
         self.state = "loading"
         self.rows: Rows | None = None
-        self.digest = ""
+        self.digest = self.space = ""
         self.stream: Stream
 
     @property
@@ -111,10 +111,11 @@ class Requests:
         for id in list(self.by_id):
             self.end(id, "cancelled")
 
-    def submit(self, ids: Sequence[int], sampling: Sampling, lease: Lease | None) -> Stream:
+    def submit(self, ids: Sequence[int], sampling: Sampling, lease: Lease | None, space: str = "") -> Stream:
         """See `engine.Engine.submit`."""
         room = self._loop.max_context - len(ids)
         request = Request(f"r{next(self._numbers)}", ids, sampling, lease, room)
+        request.space = space
         if not sampling.ignore_eos:
             request.ends |= set(self._ends)
         request.stream = Stream(lambda: self._cancel(request))

@@ -129,7 +129,7 @@ class Answer:
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + choice % job.n)
         lease = service.store.lease(job.adapter) if job.adapter else None
-        stream = service.engine.submit(ids, sampling, lease)
+        stream = service.engine.submit(ids, sampling, lease, job.tenant.name)
         try:
             writing = _Writing(Detokenizer(service.tok, ids), StopStrings(job.stops), choice)
             last = None
