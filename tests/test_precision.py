@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import lorica
+import tiny
+from lorica.fast import Fast
 from lorica.kernels import precision
 from lorica.kernels.elementwise import ACTIVATIONS
 from lorica.kernels.lowrank import GatedMLP, Group, Matrix, SameInput, Update
@@ -72,3 +78,33 @@ def test_one_input_of_several_projections_is_kept_as_it_came(machine):
     y, z = SameInput.apply(x, group, A, B)
     assert y.dtype == z.dtype == torch.bfloat16
     assert y.grad_fn.saved_tensors[0].dtype == torch.bfloat16
+
+
+def test_layers_that_no_update_acts_on_are_widened_too(machine):
+    """GPT-2 with an update on half of its projections: no product of a whole layer stays in a slow format."""
+
+    made = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func._schema.name.removeprefix("aten::").rstrip("_") in ("mm", "addmm"):
+                made.append(out.dtype)
+            return out
+
+    model = tiny.gpt2().bfloat16()
+    lorica.inject(model, lorica.LoRA(r=2), "qv")
+    tiny.stir(model)
+    x = torch.randn(1, 6, model.config.n_embd, generator=torch.Generator().manual_seed(0)).bfloat16()
+    block, found = model.transformer.h[0], {}
+    for name, forward in (("plain", contextlib.nullcontext()), ("fast", Fast(model).on())):
+        given = x.clone().requires_grad_()
+        with forward, Products():
+            made.clear()
+            y = block.mlp(block.attn.c_proj(given))
+            y.float().square().sum().backward()
+        found[name] = (y, given.grad)
+    assert made and set(made) == {torch.float32 if machine else torch.bfloat16}
+    for plain, fast in zip(found["plain"], found["fast"], strict=True):
+        assert fast.dtype == torch.bfloat16
+        torch.testing.assert_close(fast.float(), plain.float(), rtol=0.05, atol=0.02 * plain.abs().max().item())

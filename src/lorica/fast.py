@@ -26,6 +26,7 @@ from lorica.errors import LoricaError
 from lorica.kernels.documents import NAME, Documents, attending, attention, current, documents
 from lorica.kernels.elementwise import ACTIVATIONS, Activation, RMSNorm, Rotary
 from lorica.kernels.lowrank import GatedMLP, Group, Matrix, SameInput, Update
+from lorica.kernels.precision import computes_in
 from lorica.lowrank import LowRank
 from lorica.state import CHILD, Patches, plain_class
 
@@ -58,12 +59,14 @@ class Fast:
                 for forward in (_norm(module), _mlp(module, salts), _attention(module, salts, options.get(module))):
                     if forward is not None and _same(module, forward, verdicts):
                         self.forwards[module] = forward
+        head = getattr(model, "get_output_embeddings", lambda: None)()  # which `kernels.head` multiplies with
         for module in model.modules():
-            if module in self.forwards or getattr(module, CHILD, None) is None:
+            patched = getattr(module, CHILD, None) is not None
+            if module in self.forwards or (module is head and not patched):
                 continue
-            if _dense(module):
-                self.forwards[module] = _linear(module, salts)
-            elif _followed(module):
+            if _dense(module) and (patched or _narrow(module)):
+                self.forwards[module] = _linear(module, salts) if patched else _frozen(module)
+            elif patched and _followed(module):
                 self.forwards[module] = _follow(module)
 
     @property
@@ -156,6 +159,21 @@ def _linear(layer: nn.Module, salts: dict[int, int]) -> Callable:
             return type(layer).forward(layer, x)  # type: ignore[operator]
         group, factors = _group((layer,), _tokens(x), salts)
         return SameInput.apply(x, group, *factors)[0] if factors else plain_class(layer).forward(layer, x)
+
+    return forward
+
+
+def _narrow(layer: Any) -> bool:
+    """Whether a layer is kept in a format that its device multiplies more slowly than a wider one."""
+    return computes_in(layer.weight) != layer.weight.dtype
+
+
+def _frozen(layer: Any) -> Callable:
+    """A layer that nothing acts on."""
+
+    def forward(x: Tensor) -> Tensor:
+        matrix = Matrix(layer.weight, layer.bias, isinstance(layer, Conv1D))
+        return SameInput.apply(x, Group((matrix,), ()))[0]
 
     return forward
 

@@ -215,7 +215,7 @@ class SameInput(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         ys, downs = group.forward(flat.to(computes_in(x)), factors)
         ctx.group, ctx.factors, ctx.shape = group, len(factors), x.shape
-        ctx.save_for_backward(flat, *factors, *downs)
+        ctx.save_for_backward(flat if factors else flat[:0], *factors, *downs)  # only updates ask for it again
         return tuple(y.to(x.dtype).view(*x.shape[:-1], -1) for y in ys)
 
     @staticmethod
