@@ -61,12 +61,14 @@ class Fast:
                         self.forwards[module] = forward
         head = getattr(model, "get_output_embeddings", lambda: None)()  # which `kernels.head` multiplies with
         for module in model.modules():
-            patched = getattr(module, CHILD, None) is not None
-            if module in self.forwards or (module is head and not patched):
+            if module in self.forwards:
                 continue
-            if _dense(module) and (patched or _narrow(module)):
-                self.forwards[module] = _linear(module, salts) if patched else _frozen(module)
-            elif patched and _followed(module):
+            if getattr(module, CHILD, None) is None:
+                if module is not head and _dense(module) and _narrow(module):
+                    self.forwards[module] = _frozen(module)
+            elif _dense(module):
+                self.forwards[module] = _linear(module, salts)
+            elif _followed(module):
                 self.forwards[module] = _follow(module)
 
     @property

@@ -91,6 +91,11 @@ def folder_atomic(path: Path) -> Iterator[Path]:
         raise
 
 
+def folder_for(path: Path) -> contextlib.AbstractContextManager[Path]:
+    """Where files that are replaced one by one go: the folder that is there, or a new one that appears whole."""
+    return contextlib.nullcontext(path) if path.is_dir() else folder_atomic(path)
+
+
 def recover(path: Path) -> None:
     """Undo a replacement of `path` that stopped between its two renames."""
     path = Path(path)

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PretrainedConfig
@@ -32,6 +31,7 @@ from lorica.data.pack import CPU_MICRO_TOKENS, divided, micro_tokens, packs
 from lorica.errors import LoricaError
 from lorica.formats import gguf_header
 from lorica.lowrank import LoRA
+from lorica.models import machine
 from lorica.models.checkpoint import refused
 from lorica.models.loading import locate
 from lorica.models.machine import DTYPES, resolve_device, resolve_dtype
@@ -41,7 +41,6 @@ from lorica.passes import Passes
 EFFICIENCY = 0.55
 # What an allocator keeps beyond what is asked for, as a share of the tensors that come and go: pieces that fit nothing.
 SLACK = 0.06
-HEAP = 150_000_000  # and on a CPU about so much more, whatever their size: what glibc's heap cannot join (docs/LOG.md)
 # Bytes per parameter of a packed base: 4 bits and an fp32 scale per 64, or 8 bits and (nearly nothing) a scale per row.
 PACKED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 # Starts that are made from weights, which a plan has not, and others that take the same room.
@@ -167,11 +166,12 @@ def predict(
     Args:
         config: of a causal model.
         work: what is trained on what.
-        process: bytes that the process holds without the model (see `room`); those of this one if left out.
+        process: bytes that the process holds without the model (see `machine.room`); those of this one if left out.
         peak: FLOP/s of a matrix product in this dtype on this machine; with it, the time is predicted too.
         kind: the class that the config belongs to.
     """
-    found = _grown(config, work, fullest := _fullest(work), kind)
+    fullest = _fullest(work)
+    found = _grown(config, work, fullest, kind)
     tokens = sum(map(sum, (each.lengths for each in work.everyone)))
     flops = found.flops * tokens / sum(len(example.ids) for _, example in fullest)
     width = DTYPES[work.dtype].itemsize
@@ -179,7 +179,7 @@ def predict(
     if work.quantize != "none":
         base -= int(found.linear * (width - PACKED[work.quantize]))
     memory = Memory(
-        process=room(torch.device("cpu"))[1] if process is None else process,
+        process=machine.room(torch.device("cpu"))[1] if process is None else process,
         weights=base,
         trained=found.own,
         gradients=found.trainable * (width if work.method is None else 4),
@@ -188,14 +188,6 @@ def predict(
     )
     seconds = flops / (peak * EFFICIENCY) if peak else None
     return Prediction(memory, found.parameters, found.trainable, flops, tokens, seconds, work.checkpointing)
-
-
-def room(device: torch.device) -> tuple[int, int]:
-    """Bytes that this process may hold on a device, and those that it holds there now or will for no tensor."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0], 0
-    held = psutil.Process().memory_info().rss
-    return psutil.virtual_memory().available + held, held + HEAP
 
 
 def fitting(

@@ -15,6 +15,7 @@ from families import FAMILIES
 from lorica import Adapter, LoricaError, TrainSettings, evaluate, plan
 from lorica.data import Example
 from lorica.data.pack import divided
+from lorica.models import machine
 from lorica.train import many
 from lorica.train.examples import prepare
 from lorica.train.forecast import forecast
@@ -300,7 +301,7 @@ def test_the_forecast_of_a_sweep_adds_up_its_members(fresh, tok, rows):
 
 
 def test_a_sweep_that_would_not_fit_computes_activations_again(fresh, tok, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "room", lambda device: (1, 1))
+    monkeypatch.setattr(machine, "room", lambda device: (1, 1))
     model, seen = fresh(), {"start": set(), "step": set()}
 
     def report(event):

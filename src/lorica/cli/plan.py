@@ -51,7 +51,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
     asked = _asked(settings, method)
     work = plan.work_of(asked)
     device = machine.resolve_device(settings.device)
-    available, process = plan.room(device)
+    available, process = machine.room(device)
     found, fits = plan.fitting(config, work, available, process)
     work = dataclasses.replace(work, checkpointing=found.checkpointing)
     every = {f"{settings.method} {in_words(method, settings.targets)}, {work.dtype}": work} | _others(work)

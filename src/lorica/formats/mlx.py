@@ -13,7 +13,6 @@ an embedding's magnitudes, of which mlx-lm has one for each token instead of one
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from lorica import doors, tensorfiles
 from lorica.errors import LoricaError, all_faults, shown
-from lorica.files import folder_atomic, write_atomic
+from lorica.files import folder_for, write_atomic
 from lorica.formats import Contents, meta_of
 from lorica.formats.pair import DTYPES
 from lorica.formats.updates import Update, contents_of, one_rank, storage_by_name, updates
@@ -75,7 +74,7 @@ def write(folder: Path, contents: Contents, dtype: str = "fp32", tied: bool | No
     } | {f"{path}.m": m.to(DTYPES[dtype]) for path, m in sorted(sizes.items())}
     kept = {key: value for key, value in contents.meta.items() if key != "target_modules"}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    with contextlib.nullcontext(folder) if folder.is_dir() else folder_atomic(folder) as place:
+    with folder_for(folder) as place:
         tensorfiles.write(place / TENSORS, tensors, kept)
         write_atomic(place / CONFIG, text)
     return notes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from lorica import doors, tensorfiles
 from lorica.errors import LoricaError
-from lorica.files import folder_atomic, write_atomic
+from lorica.files import folder_for, write_atomic
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,7 +27,7 @@ def write(
     # What is inside is not sorted: of several patterns that fit, the first counts.
     text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
     cast = {key: tensor.to(DTYPES[dtype]) for key, tensor in sorted(tensors.items())}
-    with contextlib.nullcontext(folder) if folder.is_dir() else folder_atomic(folder) as place:
+    with folder_for(folder) as place:
         tensorfiles.write(place / TENSORS, cast, metadata)
         write_atomic(place / CONFIG, text)
 

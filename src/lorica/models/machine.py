@@ -1,15 +1,19 @@
-"""Where a model goes and in which number format: device and dtype words -> what torch takes."""
+"""Where a model goes and in which number format: device and dtype words -> what torch takes, and what is there."""
 
 from __future__ import annotations
 
 import functools
 import time
 
+import psutil
 import torch
 
 from lorica.errors import LoricaError, nearest
 from lorica.kernels.precision import computes_in, cpu_multiplies_bf16
 
+# What glibc's heap keeps of a training beyond what is asked for, whatever its size: pieces that it cannot join
+# (docs/LOG.md).
+HEAP = 150_000_000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,6 +59,14 @@ def native_bf16(device: torch.device) -> bool:
     if device.type != "cpu":
         return False
     return cpu_multiplies_bf16()
+
+
+def room(device: torch.device) -> tuple[int, int]:
+    """Bytes that this process may hold on a device, and those that it holds there now or will for no tensor."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], 0
+    held = psutil.Process().memory_info().rss
+    return psutil.virtual_memory().available + held, held + HEAP
 
 
 @functools.cache

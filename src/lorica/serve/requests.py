@@ -46,8 +46,10 @@ class Loop(Protocol):
 class Request:
     """One prompt and what has become of it."""
 
-    def __init__(self, id: str, ids: Sequence[int], sampling: Sampling, lease: Lease | None, room: int) -> None:
-        self.id, self.ids, self.sampling, self.lease = id, list(ids), sampling, lease
+    def __init__(
+        self, id: str, ids: Sequence[int], sampling: Sampling, lease: Lease | None, space: str, room: int
+    ) -> None:
+        self.id, self.ids, self.sampling, self.lease, self.space = id, list(ids), sampling, lease, space
         self.most = min(sampling.max_tokens, room)
         self.chooser = Chooser(sampling)
         self.ends: frozenset[int] = frozenset(sampling.stop_ids)
@@ -56,7 +58,7 @@ class Request:
         self.cached = self.deaths = 0
         self.state = "loading"
         self.rows: Rows | None = None
-        self.digest = self.space = ""
+        self.digest = ""
         self.stream: Stream
 
     @property
@@ -114,8 +116,7 @@ class Requests:
     def submit(self, ids: Sequence[int], sampling: Sampling, lease: Lease | None, space: str = "") -> Stream:
         """See `engine.Engine.submit`."""
         room = self._loop.max_context - len(ids)
-        request = Request(f"r{next(self._numbers)}", ids, sampling, lease, room)
-        request.space = space
+        request = Request(f"r{next(self._numbers)}", ids, sampling, lease, space, room)
         if not sampling.ignore_eos:
             request.ends |= set(self._ends)
         request.stream = Stream(lambda: self._cancel(request))

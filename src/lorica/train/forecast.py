@@ -84,7 +84,7 @@ def _memory(model: Any, device: torch.device) -> tuple[int, int]:
     every = [*model.parameters(), *(each for _, each in patch.base_parameters(model))]  # the base's too, if displaced
     weights = sum(each.numel() * each.element_size() for each in {id(each): each for each in every}.values())
     _read(model)
-    available, held = plan.room(device)
+    available, held = machine.room(device)
     return (available + weights, 0) if device.type == "cuda" else (available, max(0, held - weights))
 
 
