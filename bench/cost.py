@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import tempfile
@@ -89,7 +90,8 @@ def _draw(report: dict[str, Any], path: Path) -> None:
         axis.set(xlabel=what, ylabel="seconds per update", xscale="log", yscale="log", title=what)
         axis.set_xticks(values, [str(value) for value in values])
         axis.minorticks_off()
-        axis.set_ylim(bottom=min(min(line), *(row["median"] for row in rows)) / 1.6)
+        seen = [*line, *(row["median"] for row in rows)]
+        axis.set_ylim(10 ** math.floor(math.log10(min(seen))), 10 ** math.ceil(math.log10(max(seen))))
     axes[-1].legend(frameon=False)
     about = report["machine"]
     figure.suptitle(f"{report['settings']['model']}, fp32, {about['cores']} cores, {about['date']}", fontsize=10)
