@@ -105,21 +105,32 @@ def _lorica(model: Any, rows: list[list[int]], options: argparse.Namespace, out:
     import lorica
     from lorica.data import Example
 
-    tok = lorica.load("smollm2-135m")[1]
     settings = lorica.TrainSettings(
         rank=16, alpha=16, lr=1e-4, steps=options.steps, batch=options.rows, sample=0, dtype="bf16", max_len=8192,
         save_every=1e9, device=options.device,
     )  # fmt: skip
     said: list[dict] = []
     examples = [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in rows]
-    lorica.train(model, tok, examples, settings, out=Path(out) / "run", report=lambda event: said.append(dict(event)))
+    lorica.train(
+        model, _tokenizer(), examples, settings, out=Path(out) / "run", report=lambda event: said.append(dict(event))
+    )
     start = next(event for event in said if event["kind"] == "start")
     return [event["seconds"] for event in said if event["kind"] == "step"], start["predicted_bytes"]
 
 
+def _tokenizer() -> Any:
+    """Words for ids: the rows are ids already, and nothing is fetched."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{i}": i for i in range(40_000)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="t1", pad_token="t1", unk_token="t0")
+
+
 def _peft(model: Any, rows: list[list[int]], options: argparse.Namespace, out: str) -> tuple[list[float], int]:
+    import torch
     from contenders import LINEAR, _timed
-    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
 
@@ -129,7 +140,7 @@ def _peft(model: Any, rows: list[list[int]], options: argparse.Namespace, out: s
         bf16=True, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True,
         use_cpu=options.device == "cpu",
     )  # fmt: skip
-    data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+    data: Any = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in rows]
     return [step["seconds"] for step in _timed(Trainer, model=model, args=arguments, train_dataset=data)], 0
 
 

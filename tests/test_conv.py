@@ -141,7 +141,11 @@ def test_a_rank_that_the_groups_do_not_divide_is_refused():
         lorica.inject(net(groups=3)(), LoRA(r=4), "conv")
 
 
-@pytest.mark.parametrize("case", [CASES["every kind"], CASES["biases"], CASES["ranks"], GROUPED], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [CASES["every kind"], CASES["biases"], CASES["ranks"], GROUPED],
+    ids=["every kind", "biases", "ranks", "groups"],
+)
 def test_peft_loads_what_is_saved_and_computes_it_to_the_bit(case, tmp_path):
     make, method, targets = case
     model = make()

@@ -12,11 +12,13 @@ from torch import Tensor
 from lorica.data.encoding import Example
 from lorica.kernels.precision import in_tiles
 
-# Enough rows for a matrix product to be efficient, while full fp32 logits over 50,000 tokens stay at 0.4 GB.
-MICRO_TOKENS = 2048
 # On a CPU more does not make a product faster, only what is kept larger; less reads all weights once more per update.
-# Where it multiplies bf16 in tiles, reading them is what takes the time, and it is given as much as a GPU.
 CPU_MICRO_TOKENS = 1024
+# Where it multiplies bf16 in tiles, reading them is what takes the time.
+MICRO_TOKENS = 2048
+# A GPU waits for its host until a pass is this long, which what is kept has to leave room for: the memory of a GPU in
+# bytes, and the tokens of a pass from there on.
+GPU_MICRO_TOKENS = ((48e9, 8192), (20e9, 4096), (0, MICRO_TOKENS))
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,10 @@ def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Pac
 
 
 def micro_tokens(device: torch.device, dtype: torch.dtype) -> int:
-    """Tokens of a forward pass on a device, in the number format of the base."""
+    """Tokens of a forward pass on a device, in the number format of the base; the same whenever a run is resumed."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return next(tokens for least, tokens in GPU_MICRO_TOKENS if memory >= least)
     slow = device.type in ("cpu", "meta") and not in_tiles(dtype)
     return CPU_MICRO_TOKENS if slow else MICRO_TOKENS
 

@@ -2,7 +2,8 @@
 
 Written as a model would write them, each of these is five to ten operations that allocate and keep what they make.
 Here the statistics are fp32, results are written in place, and what is cheap is computed again. Each stands beside the
-plain formula in its docstring, and is used for a module only after it gave what the module gives (`lorica.fast`).
+plain formula in its docstring, and is used for a module only after it gave what the module gives (`lorica.fast`). A
+GPU normalises with torch's own kernel, which reads and writes once.
 """
 
 from __future__ import annotations
@@ -14,22 +15,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorica.kernels import gpu
+from lorica.kernels.precision import on_gpu
+
+_aten = torch.ops.aten
+
 
 class RMSNorm(torch.autograd.Function):
     """``y = w x / sqrt(mean(x^2) + eps)`` over the last axis, for a frozen ``w``; keeps x and one number per row."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, eps: float) -> Tensor:
+        ctx.w, ctx.whole = w, on_gpu(x) and x.dtype == w.dtype
+        if ctx.whole:
+            y, inverse = _aten._fused_rms_norm(x, [x.shape[-1]], w, eps)
+            ctx.save_for_backward(x, inverse)
+            return y
         wide = x.float()
         inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         inverse.mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, inverse)
-        ctx.w = w
         return torch.mul(wide, inverse).to(x.dtype).mul_(w)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, inverse = ctx.saved_tensors
+        if ctx.whole:
+            size, wanted = [x.shape[-1]], [True, False]
+            return _aten._fused_rms_norm_backward(dy.contiguous(), x, size, inverse, ctx.w, wanted)[0], None, None
         wide = x.float()
         d = (dy * ctx.w).float()
         # d(1/rms)/dx pulls the gradient back along x.
@@ -46,6 +59,9 @@ class Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
+        ctx.whole = gpu.ready(x) and cos.shape == sin.shape == (*x.shape[:-2], 1, x.shape[-1])
+        if ctx.whole:
+            return gpu.rotated(x, cos, sin, backward=False)
         (x1, x2), (c1, c2), (s1, s2) = (tensor.chunk(2, -1) for tensor in (x, cos, sin))
         y = torch.empty_like(x)
         y1, y2 = y.chunk(2, -1)
@@ -55,6 +71,9 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
+        if ctx.whole:
+            cos, sin = ctx.saved_tensors
+            return gpu.rotated(dy, cos, sin, backward=True), None, None
         (c1, c2), (s1, s2) = (tensor.chunk(2, -1) for tensor in ctx.saved_tensors)
         d1, d2 = dy.chunk(2, -1)
         dx = torch.empty_like(dy)
@@ -68,15 +87,20 @@ class Rotary(torch.autograd.Function):
 class Activation:
     """``f(x)`` into a new tensor, and ``dy f'(x)`` from dy and x."""
 
+    name: str
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
-_aten = torch.ops.aten
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": Activation(F.silu, _aten.silu_backward),
-    "gelu": Activation(F.gelu, _aten.gelu_backward),
-    "gelu_tanh": Activation(
-        lambda x: F.gelu(x, approximate="tanh"), lambda dy, x: _aten.gelu_backward(dy, x, approximate="tanh")
-    ),
+ACTIVATIONS = {
+    known.name: known
+    for known in (
+        Activation("silu", F.silu, _aten.silu_backward),
+        Activation("gelu", F.gelu, _aten.gelu_backward),
+        Activation(
+            "gelu_tanh",
+            lambda x: F.gelu(x, approximate="tanh"),
+            lambda dy, x: _aten.gelu_backward(dy, x, approximate="tanh"),
+        ),
+    )
 }

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from lorica.kernels.precision import mm_columns, mm_rows
+from lorica.kernels import gpu
+from lorica.kernels.precision import mm_columns, mm_rows, on_gpu
 
 BUFFER = 1 << 24  # logits of one product: few rows of any vocabulary fit, and the head's matrix is read seldom
+GPU_BUFFER = 1 << 28  # a GPU multiplies faster than it reads that matrix until there are thousands of rows
 CACHED = 1 << 19  # logits that a CPU turns into a gradient at a time: 2 MB in fp32 stay in its cache
 
 
@@ -46,19 +48,23 @@ class LabelledLoss(torch.autograd.Function):
     ):
         nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
         dh = torch.empty_like(h) if h.requires_grad else None
-        rows = max(1, min(len(h), BUFFER // W.shape[0]))
-        few = rows if h.is_cuda else max(1, min(rows, CACHED // W.shape[0]))
+        rows = max(1, min(len(h), (GPU_BUFFER if on_gpu(h) else BUFFER) // W.shape[0]))
+        at_once = gpu.ready(h) and b is None and shape == Shape() and not smooth
+        few = max(1, min(rows, (BUFFER if on_gpu(h) else CACHED) // W.shape[0]))
         buffer = torch.empty(rows, W.shape[0], dtype=h.dtype, device=h.device)
-        wide = torch.empty(few, W.shape[0], dtype=torch.float32, device=h.device)
+        wide = torch.empty(0 if at_once else few, W.shape[0], dtype=torch.float32, device=h.device)
         # Kept small weights would push the gradient of rare words below fp16's least number.
         most = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
         shares = weights / most
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
             logits = mm_rows(h[part], W, buffer[: len(h[part])])
-            each = (found.split(few) for found in (logits, wanted[part], shares[part], nll[part]))
-            for now, goal, weight, out in zip(*each, strict=True):
-                now.copy_(_into_gradient(now, wide, b, goal, weight, out, shape, smooth))
+            if at_once:
+                gpu.softmax_gradient(logits, wanted[part], shares[part], nll[part])
+            else:
+                each = (found.split(few) for found in (logits, wanted[part], shares[part], nll[part]))
+                for now, goal, weight, out in zip(*each, strict=True):
+                    now.copy_(_into_gradient(now, wide, b, goal, weight, out, shape, smooth))
             if dh is not None:
                 mm_columns(logits, W, dh[part])
         ctx.save_for_backward(*(() if dh is None else (dh, most)))

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorica.kernels import gpu
 from lorica.kernels.documents import current
 from lorica.kernels.elementwise import Activation
 from lorica.kernels.precision import computes_in
@@ -86,6 +87,10 @@ class Group:
         """How many factors there are."""
         return 2 * len(self.updates) + len(self.gains)
 
+    def narrowed(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+        """The factors in the format of the products, made once for both passes; gains ask for all digits of theirs."""
+        return factors if self.gains else [factor.to(dtype) for factor in factors]
+
     def forward(self, x: Tensor, factors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """``x [tokens, in]`` to the outputs, and what `backward` needs: per update ``x A^T``, per gain the base's y."""
         ys = [matrix.forward(x) for matrix in self.matrices]
@@ -124,7 +129,8 @@ class Group:
                 dy, scale = self._part(dys, i), self.updates[i].scale
                 column.addmm_(dy, factors[2 * i + 1].to(x.dtype), beta=0, alpha=scale)
                 # Tall matrices multiply several times faster with the long one on the right.
-                grads[2 * i + 1] = torch.mm(downs[i].T, dy).T.to(factors[2 * i + 1].dtype, copy=False).mul(scale)
+                dB = torch.addmm(dy.new_empty(()), downs[i].T, dy, beta=0, alpha=scale).T
+                grads[2 * i + 1] = dB.to(factors[2 * i + 1].dtype)
             self._up(x[start:stop], g, ranks, places, factors, grads, None if dx is None else dx[start:stop])
         return dx, grads
 
@@ -211,33 +217,37 @@ class SameInput(torch.autograd.Function):
     """A group as one step of autograd: ``x [..., in]`` to one ``[..., out]`` per matrix."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: Group, *factors: Tensor):
+    def forward(ctx, x: Tensor, group: Group, *given: Tensor):
         flat = x.reshape(-1, x.shape[-1])
+        factors = group.narrowed(given, computes_in(x))
         ys, downs = group.forward(flat.to(computes_in(x)), factors)
-        ctx.group, ctx.factors, ctx.shape = group, len(factors), x.shape
-        ctx.save_for_backward(flat if factors else flat[:0], *factors, *downs)  # only updates ask for it again
+        ctx.group, ctx.kinds, ctx.shape = group, [each.dtype for each in given], x.shape
+        ctx.save_for_backward(flat if given else flat[:0], *factors, *downs)  # only updates ask for it again
         return tuple(y.to(x.dtype).view(*x.shape[:-1], -1) for y in ys)
 
     @staticmethod
     def backward(ctx, *dys: Tensor):
         x, *rest = ctx.saved_tensors
-        factors, downs = rest[: ctx.factors], rest[ctx.factors :]
+        factors, downs = rest[: len(ctx.kinds)], rest[len(ctx.kinds) :]
         wide = x.to(computes_in(x))
         flat = [dy.reshape(-1, dy.shape[-1]).to(wide.dtype) for dy in dys]
         dx, grads = ctx.group.backward(flat, wide, downs, factors, ctx.needs_input_grad[0])
-        return None if dx is None else dx.to(x.dtype).view(ctx.shape), None, *grads
+        return None if dx is None else dx.to(x.dtype).view(ctx.shape), None, *_in(ctx.kinds, grads)
 
 
 class GatedMLP(torch.autograd.Function):
     """``down(act(gate x) * up x)``: keeps x and the two products, not the activation nor the product of both."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, wide: Group, narrow: Group, act: Activation, *factors: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+    def forward(ctx, x: Tensor, wide: Group, narrow: Group, act: Activation, *given: Tensor) -> Tensor:
+        flat, dtype = x.reshape(-1, x.shape[-1]), computes_in(x)
         split = wide.factors
-        (gate, up), first = wide.forward(flat.to(computes_in(x)), factors[:split])
-        (y,), second = narrow.forward(act.forward(gate).mul_(up), factors[split:])
-        ctx.parts, ctx.shape, ctx.counts = (wide, narrow, act), x.shape, (len(factors), len(first))
+        factors = [*wide.narrowed(given[:split], dtype), *narrow.narrowed(given[split:], dtype)]
+        (gate, up), first = wide.forward(flat.to(dtype), factors[:split])
+        hidden = gpu.gated(gate, up, act.name) if gpu.ready(gate) else act.forward(gate).mul_(up)
+        (y,), second = narrow.forward(hidden, factors[split:])
+        ctx.parts, ctx.shape, ctx.first = (wide, narrow, act), x.shape, len(first)
+        ctx.kinds = [each.dtype for each in given]
         ctx.save_for_backward(flat, gate.to(x.dtype), up.to(x.dtype), *factors, *first, *second)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
@@ -247,15 +257,28 @@ class GatedMLP(torch.autograd.Function):
         x, gate, up, *rest = ctx.saved_tensors
         dtype = computes_in(x)
         gate, up = gate.to(dtype), up.to(dtype)
-        factors, downs = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
-        first, second = downs[: ctx.counts[1]], downs[ctx.counts[1] :]
+        factors, downs = rest[: len(ctx.kinds)], rest[len(ctx.kinds) :]
+        first, second = downs[: ctx.first], downs[ctx.first :]
         split = wide.factors
-        s = act.forward(gate)
-        hidden = s * up if narrow.updates else s  # only the updates' own gradients ask for it
         flat = dy.reshape(-1, dy.shape[-1]).to(dtype)
+        # Only the updates' own gradients ask for the product again.
+        if gpu.ready(gate):
+            hidden = gpu.gated(gate, up, act.name) if narrow.updates else gate
+        else:
+            s = act.forward(gate)
+            hidden = s * up if narrow.updates else s
         dh, narrow_grads = narrow.backward([flat], hidden, second, factors[split:], True)
         assert dh is not None
-        dup = s.mul_(dh)
-        dgate = act.backward(dh.mul_(up), gate)
+        if gpu.ready(gate):
+            dgate, dup = gpu.gated_backward(dh, gate, up, act.name)
+        else:
+            dup = s.mul_(dh)
+            dgate = act.backward(dh.mul_(up), gate)
         dx, wide_grads = wide.backward([dgate, dup], x.to(dtype), first, factors[:split], ctx.needs_input_grad[0])
-        return None if dx is None else dx.to(x.dtype).view(ctx.shape), None, None, None, *wide_grads, *narrow_grads
+        grads = _in(ctx.kinds, [*wide_grads, *narrow_grads])
+        return None if dx is None else dx.to(x.dtype).view(ctx.shape), None, None, None, *grads
+
+
+def _in(kinds: Sequence[torch.dtype], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients in the formats of what they are of."""
+    return [None if grad is None else grad.to(kind) for kind, grad in zip(kinds, grads, strict=True)]

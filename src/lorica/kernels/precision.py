@@ -23,13 +23,18 @@ def computes_in(x: Tensor, small: bool = False) -> torch.dtype:
     """The dtype in which products of `x` are made: its own, or fp32 on a CPU that multiplies it more slowly.
 
     Of products as `small` as those of one head in one document, AVX-512 makes fewer in bf16 than in fp32 even where it
-    is faster with large ones; only tiles pay. A tensor without data stands for one where this machine would train.
+    is faster with large ones; only tiles pay.
     """
-    if not (x.is_cpu or (x.is_meta and not torch.cuda.is_available())):
+    if on_gpu(x) or not (x.is_cpu or x.is_meta):
         return x.dtype
     if small and x.element_size() < 4 and not in_tiles(x.dtype):
         return torch.float32
     return _cpu_computes_in(x.dtype)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether a tensor lies on a GPU; one without data stands for one where this machine would train."""
+    return x.is_cuda or (x.is_meta and torch.cuda.is_available())
 
 
 def cpu_multiplies_bf16() -> bool:

@@ -99,7 +99,7 @@ class TrainSettings:
     batch: int = 8
     """Examples per update."""
     micro: int | None = None
-    """Examples per forward pass; changes memory and speed, not the result. Default: 2,048 tokens (1,024: CPU, fp32)."""
+    """Examples per forward pass; changes memory and speed, not the result. Default: by tokens, 1,024 (CPU) to 8,192."""
     checkpointing: Literal["auto", "on", "off"] = "auto"
     """Compute activations again instead of keeping them, which costs a third of the time: auto only if it must be."""
     label_smoothing: float = 0.0
