@@ -38,6 +38,21 @@ def test_a_cpu_widens_what_it_multiplies_slowly(monkeypatch, has, pays, wide):
     precision._cpu_computes_in.cache_clear()
 
 
+def test_products_of_any_code_are_widened_where_they_are_slow(machine):
+    x, W, b = draw(40, 8), draw(11, 8), draw(11)
+    wide = torch.addmm(b.float(), x.float(), W.float().T).bfloat16()
+    with precision.widened(W):
+        several = torch.nn.functional.linear(x, W, b)
+        few = torch.nn.functional.linear(x[:3], W, b)
+        lying = torch.addmm(b, x[:3], W.T.contiguous())
+    assert several.dtype == torch.bfloat16
+    assert torch.equal(few, torch.nn.functional.linear(x[:3], W, b))
+    if machine:
+        assert torch.equal(several, wide) and torch.equal(lying, wide[:3])
+    else:
+        assert torch.equal(several, torch.nn.functional.linear(x, W, b))
+
+
 def test_a_large_matrix_is_multiplied_in_slices(machine, monkeypatch):
     monkeypatch.setattr(precision, "SLICE", 20)
     a, W, b = draw(3, 8), draw(11, 8), draw(3, 11)

@@ -30,6 +30,7 @@ from lorica.fast import Fast
 from lorica.kernels.documents import Documents, documents
 from lorica.kernels.head import bare, plain_head
 from lorica.kernels.labelled import IGNORED, narrowed, takes_positions
+from lorica.kernels.precision import widened
 
 WAYS = ("packed", "rows", "narrow", "plain")
 AGREE = {torch.float32: 1e-5}
@@ -141,7 +142,8 @@ class Passes:
             return "rows" if plain_head(self.model) is None or not self.takes_positions else "packed", ""
         mode = self.model.training
         self.model.eval()
-        wanted = float(self._plain(self.model, self._padded(pair), torch.empty(0))[0])
+        with widened(next(self.model.parameters())):
+            wanted = float(self._plain(self.model, self._padded(pair), torch.empty(0))[0])
         reasons = []
         for way in ways:
             reason = self._refused(way, pair, wanted)

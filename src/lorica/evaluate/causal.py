@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lorica.errors import LoricaError
+from lorica.kernels.precision import widened
 
 
 def require(model: Any) -> None:
@@ -27,8 +28,10 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode for the length of a block, then each module's own mode again; yields the model's device."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    some = next(model.parameters())
     try:
-        yield next(model.parameters()).device
+        with widened(some):
+            yield some.device
     finally:
         for module, mode in modes.items():
             module.training = mode

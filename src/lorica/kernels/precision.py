@@ -7,16 +7,21 @@ kept stays small.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorica.kernels.trial import pays
 
 # Elements of a wide copy: of a head's matrix, only slices of this size are copied at a time.
 SLICE = 1 << 24
+# Rows from which on a product pays for a wide copy of its matrix.
+WIDENED = 32
+_PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm")}
 
 
 def computes_in(x: Tensor, small: bool = False) -> torch.dtype:
@@ -42,6 +47,27 @@ def cpu_multiplies_bf16() -> bool:
     # oneDNN's own answer is yes from AVX-512 on, where it emulates bf16 more slowly than fp32.
     has = torch.cpu.get_capabilities()
     return bool(has.get("amx_bf16") or (has.get("avx512_bf16") and _bf16_pays()))
+
+
+class Widened(TorchDispatchMode):
+    """Makes the products of any code in the format that the CPU multiplies fast, and gives them in the one they have.
+
+    For what a model computes by its own forward passes: as they are they are slower by a factor of 4, and by one of 100
+    where a matrix lies transposed. A few rows are left alone: reading the matrix is what takes the time then.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in _PRODUCTS:
+            a, b = args[-2:]
+            dtype = computes_in(a)
+            if dtype != a.dtype and (a.shape[-2] >= WIDENED or b.stride(-1) == 1):
+                return func(*(each.to(dtype) for each in args), **(kwargs or {})).to(a.dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def widened(like: Tensor) -> contextlib.AbstractContextManager:
+    """`Widened` where the format of `like` is multiplied slowly, else nothing."""
+    return Widened() if computes_in(like) != like.dtype else contextlib.nullcontext()
 
 
 def in_tiles(dtype: torch.dtype) -> bool:
