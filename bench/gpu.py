@@ -78,18 +78,8 @@ def main() -> None:
 
 def contender(options: argparse.Namespace) -> dict[str, Any]:
     """One of `lorica_SHAPE` and `peft_SHAPE`: tokens per second after the first update, and peak memory."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     who, _, shape = options.child.partition("_")
-    width, inner, layers, heads, kv, vocab = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv, vocab_size=vocab, max_position_embeddings=8192, tie_word_embeddings=shape != "8b",
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(options.device):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model = shaped(shape, options.device)
     draw = random.Random(0)
     rows = [[draw.randrange(1000, 40000) for _ in range(options.length)] for _ in range(options.rows * options.steps)]
     with tempfile.TemporaryDirectory() as out:
@@ -99,6 +89,21 @@ def contender(options: argparse.Namespace) -> dict[str, Any]:
     seconds = sum(steps[1:]) / (len(steps) - 1)
     told = {"tokens_per_second": options.rows * options.length / seconds, "peak_bytes": peak_bytes(model.device)}
     return told | ({"planned": planned} if planned else {})
+
+
+def shaped(shape: str, device: str) -> Any:
+    """A Llama of one of `SHAPES` with random weights, in bf16."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width, inner, layers, heads, kv, vocab = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv, vocab_size=vocab, max_position_embeddings=8192, tie_word_embeddings=shape != "8b",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
 
 
 def _lorica(model: Any, rows: list[list[int]], options: argparse.Namespace, out: str) -> tuple[list[float], int]:

@@ -12,6 +12,7 @@ the machine:
     registered  requests over few and over 1,000 registered adapters, and over twice what may be in memory
     switch      from one merged adapter to another, beside copying the weights that change
     exact       1,000 requests, read in pieces, with reused prefixes, reloads and evictions, against merged weights
+    gpu         (not by default) a step of 64 requests on an 8B-shaped model, on one GPU
     soak        10,000 requests over HTTP with hanging up, reloads, bad keys, slow readers and prompts too long
 
 Prompts are random ids, the same for all contenders. Adapters are random too, and small.
@@ -50,6 +51,8 @@ TARGETS = {
     "first token, twice the limit / all in memory": ("<=", 2.0),
     "task switch fp32 / copy": ("<=", 2.0),
     "task switch bf16 / copy": ("<=", 3.5),
+    "gpu: one adapter / base": ("<=", 1.03),
+    "gpu: 64 adapters / byte floor": ("<=", 1.2),
     "exact: tokens beyond a near tie": ("<=", 0.0),
     "soak: wrong answers": ("<=", 0.0),
     "soak: memory at the end / after a fifth": ("<=", 1.02),

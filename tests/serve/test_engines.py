@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
@@ -11,7 +12,7 @@ import torch
 
 from lorica import Adapter, LoRA
 from lorica.errors import LoricaError
-from lorica.serve import check, open_engine
+from lorica.serve import check, open_engine, recorded
 from lorica.serve.bridge import Bridge
 from lorica.serve.engine import FACTS, EngineSettings, Sampling, TooLong
 from lorica.serve.plain import Plain
@@ -25,8 +26,8 @@ SMALL = EngineSettings(requests=6, batch_tokens=24, kv_tokens=1024, page=16)
 class Running:
     """An engine and a store over one base."""
 
-    def __init__(self, root, family="llama", kind=Bridge, settings=SMALL, ends=(), **options):
-        self.model = base(family)
+    def __init__(self, root, family="llama", kind=Bridge, settings=SMALL, ends=(), device="cpu", **options):
+        self.model = base(family).to(device)
         layers = Layers(self.model)
         self.store = Store(layers.read, root, every=0.02, **options)
         self.engine = kind(self.model, layers, settings, ends)
@@ -61,6 +62,19 @@ def running(root):
         yield running
 
 
+@pytest.fixture
+def recording(monkeypatch):
+    """Take the steps that a GPU records, and run them."""
+    monkeypatch.setattr(recorded, "pays", lambda model: True)
+
+
+@pytest.fixture(params=["call by call", "recorded"])
+def either(request, monkeypatch):
+    """Steps as on a CPU, and as on a GPU."""
+    monkeypatch.setattr(recorded, "pays", lambda model: request.param == "recorded")
+
+
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("family, kind", [("llama", Bridge), ("gpt2", Bridge), ("phi3", Bridge), ("llama", Plain)])
 def test_a_mixed_batch_gives_what_each_request_alone_gives_on_merged_weights(tmp_path, family, kind):
     """Every adapter and the base, twice with one long shared prompt and with others; chunks, the prefix cache and more
@@ -80,6 +94,39 @@ def test_a_mixed_batch_gives_what_each_request_alone_gives_on_merged_weights(tmp
     if kind is Bridge:
         assert 0 < facts["cached_tokens"] == sum(end.cached_tokens for _, end in results)
         assert len({tuple(token.id for token in tokens) for tokens, _ in results[: len(merged(family))]}) > 2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_steps_as_a_gpu_records_them_give_the_same(tmp_path, family, device, recording):
+    """DoRA is not among them, nor are steps in which a prompt is read."""
+    names = list(merged(family))
+    jobs = [(name, prompt(place, 3 + place), 8 + 3 * place) for place, name in enumerate(names)]
+    jobs += [(None, prompt(0, 300), 20), (names[1], prompt(3, 1), 5), (names[2], prompt(4, 9), 30)]
+    with Running(saved(tmp_path, family), family, device=device) as running:
+        assert said(running.ask(None, [7, 8])) == alone(merged(family)[None], [7, 8])
+        streams = [running.ask(name, ids, count) for name, ids, count in jobs]
+        for stream, (name, ids, count) in zip(streams, jobs, strict=True):
+            assert said(stream) == alone(merged(family)[name], ids, count), name
+        recorder = running.engine.recorder
+        assert recorder.fits and len(recorder._passes) > 2
+        assert {room is None for room, *_ in recorder._passes} == {True, False}
+        assert all(bool(each.graph) == (device == "cuda") for each in recorder._passes.values())
+
+
+def test_adapters_keep_their_rows_and_give_them_back(tmp_path):
+    layers = Layers(base())
+    made = {name: layers.rows(Adapter.of(merged()[name])) for name in ("qv", "qv2", "qv3")}
+    room = recorded.Room(layers, tuple(sorted(made["qv"].ups)), 8)
+    room.place([made["qv"], made["qv2"]])
+    before = list(room.places.values())
+    room.place([made["qv2"]])
+    assert list(room.places.values()) == before  # nobody asked for its rows
+    room.place([made["qv2"], made["qv3"]])
+    assert room.places == {made["qv2"]: 4, made["qv3"]: 0}
+    del made["qv2"]
+    gc.collect()
+    assert list(room.places.values()) == [0]
 
 
 def test_a_prefix_is_shared_within_an_adapter_only(running):
@@ -214,6 +261,7 @@ def test_a_reload_in_flight_changes_the_next_request_and_not_the_running_one(tmp
         assert running.ask("x", ids).result()[1].cached_tokens == 32  # the new generation's own
 
 
+@pytest.mark.usefixtures("either")
 def test_eviction_in_flight_touches_nobody(root):
     with Running(root, limit=140_000) as running:  # room for a few of them
         names = [name for name in merged() if name] * 3
@@ -236,6 +284,7 @@ def test_an_adapter_that_cannot_be_read_fails_its_own_request_only(root, tmp_pat
         assert said(good) == alone(merged()["qv"], [5])
 
 
+@pytest.mark.usefixtures("either")
 def test_a_loop_that_dies_is_built_again_and_texts_go_on(root, monkeypatch):
     from lorica.serve import bridge
 

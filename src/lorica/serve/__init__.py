@@ -8,6 +8,7 @@ places.py     where adapters lie, and what may be read
 rows.py       the adapters' products at every layer for the token rows of one step
 requests.py   requests from submit to end, whatever loop runs them
 bridge.py     the seam to transformers' continuous batching
+recorded.py   its steps as CUDA graphs
 attention.py  attention over its paged cache
 sampling.py   from logits to tokens
 plain.py      a slower engine for what the bridge cannot serve
@@ -59,7 +60,7 @@ def open_engine(
 
         if not transformers.__version__.startswith(f"{MINOR}."):
             raise RuntimeError(f"it was tested with transformers {MINOR}, this is {transformers.__version__}")
-        check.adapters_are_exact(Bridge)
+        check.adapters_are_exact(Bridge, model.device)  # type: ignore[arg-type]
         engine: Engine = Bridge(model, layers, settings, ends)
         engine.start()
         try:

@@ -42,10 +42,47 @@ class Step:
     def ways(self, allocator: Any, read: Tensor, bounds: Tensor) -> _Ways:
         """How each request is attended, found once for all layers of one kind."""
         if allocator.index not in self._made:
-            self._made[allocator.index] = _Ways(self.pieces, read, bounds.tolist())
+            self._made[allocator.index] = _Ways.of(self.pieces, read, bounds.tolist())
         return self._made[allocator.index]
 
 
+class Decoding(Step):
+    """A step in which each request adds one token, at places that are known before."""
+
+    def __init__(self, single: Single) -> None:
+        super().__init__(())
+        self._ways = _Ways(None, single)
+
+    def ways(self, allocator: Any, read: Tensor, bounds: Tensor) -> _Ways:
+        """See `Step.ways`."""
+        return self._ways
+
+
+@dataclass(frozen=True)
+class Single:
+    """Requests that add one token to a past: their `rows` in the batch, and of `count` of them, `longest` keys each.
+
+    `index` has the places of the keys in the cache ``[count * longest]``; `mask` ``[count, 1, 1, longest]`` says which
+    are theirs, None where all are.
+    """
+
+    rows: Any
+    index: Tensor
+    mask: Tensor | None
+    count: int
+    longest: int
+
+    @classmethod
+    def of(cls, each: Sequence[tuple[Piece, Tensor]], read: Tensor) -> Single:
+        """From each request's piece and the places of its keys."""
+        index = nn.utils.rnn.pad_sequence([places for _, places in each], batch_first=True)
+        lengths = torch.tensor([len(places) for _, places in each], device=read.device)
+        here = torch.arange(index.shape[1], device=read.device) < lengths[:, None]
+        mask = None if bool(here.all()) else here[:, None, None, :]
+        return cls(_rows([piece for piece, _ in each], read), index.flatten(), mask, *index.shape)
+
+
+@dataclass(frozen=True)
 class _Ways:
     """Requests by how they are attended, each with its rows in the batch and its keys in the cache.
 
@@ -55,8 +92,14 @@ class _Ways:
         others: ``(rows, places of the keys)`` of each of the rest.
     """
 
-    def __init__(self, pieces: Sequence[Piece], read: Tensor, bounds: list[int]) -> None:
-        fresh, single, self.others = [], [], []
+    fresh: tuple[Any, Documents] | None
+    single: Single | None
+    others: Sequence[tuple[slice, Tensor]] = ()
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], read: Tensor, bounds: list[int]) -> _Ways:
+        """From the batch, and where each request's places begin in `read`."""
+        fresh, single, others = [], [], []
         for piece, start, stop in zip(pieces, bounds, bounds[1:], strict=False):
             count = piece.stop - piece.start
             if count == stop - start:
@@ -64,23 +107,10 @@ class _Ways:
             elif count == 1:
                 single.append((piece, read[start:stop]))
             else:
-                self.others.append((slice(piece.start, piece.stop), read[start:stop]))
+                others.append((slice(piece.start, piece.stop), read[start:stop]))
         lengths = tuple(piece.stop - piece.start for piece in fresh)
-        self.fresh = (_rows(fresh, read), Documents(lengths)) if fresh else None
-        self.single = _Single(single, read) if single else None
-
-
-class _Single:
-    """Places of the keys ``[n, longest]`` of single-token requests, which of them are theirs, and their rows."""
-
-    def __init__(self, each: Sequence[tuple[Piece, Tensor]], read: Tensor) -> None:
-        self.rows = _rows([piece for piece, _ in each], read)
-        index = nn.utils.rnn.pad_sequence([places for _, places in each], batch_first=True)
-        lengths = torch.tensor([len(places) for _, places in each], device=read.device)
-        self.count, self.longest = index.shape
-        here = torch.arange(self.longest, device=read.device) < lengths[:, None]
-        self.mask = None if bool(here.all()) else here[:, None, None, :]
-        self.index = index.flatten()
+        begun = (_rows(fresh, read), Documents(lengths)) if fresh else None
+        return cls(begun, Single.of(single, read) if single else None, others)
 
 
 def _rows(pieces: Sequence[Piece], like: Tensor) -> Any:
@@ -134,7 +164,7 @@ def paged(
     return out, None
 
 
-def _single(q: Tensor, keys: Tensor, values: Tensor, each: _Single, scaling: float | None) -> Tensor:
+def _single(q: Tensor, keys: Tensor, values: Tensor, each: Single, scaling: float | None) -> Tensor:
     """One query for each request, ``[heads, n, d]`` to ``[n, heads, d]``: heads are rows of the key head they share."""
     heads, n, d = q.shape
     shared = keys.shape[1]

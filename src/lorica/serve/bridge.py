@@ -29,9 +29,10 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
-from lorica.serve import attention
+from lorica.serve import attention, recorded
 from lorica.serve.engine import EngineSettings, Sampling, Stream
 from lorica.serve.leases import Lease
+from lorica.serve.recorded import Recorder
 from lorica.serve.requests import Request, Requests, capacity
 from lorica.serve.rows import Layers
 from lorica.serve.sampling import choose
@@ -60,6 +61,8 @@ class Bridge:
         self.requests = Requests(self, self.model.config.get_text_config().vocab_size, tuple(ends))
         self.keeps: bool = self.model._supports_logits_to_keep()
         self.steps = self.restarts = 0
+        self.recorder: Recorder | None = None
+        self.records = False  # the step at hand
         self._manager: _Manager | None = None
         self._undo = contextlib.ExitStack()
 
@@ -166,6 +169,8 @@ class _Manager(ContinuousBatchingManager):
         ]
         for part, kind in ours:
             part.__class__, part.bridge = kind, self.bridge
+        if recorded.pays(self.bridge.model):
+            self.bridge.recorder = Recorder(self.bridge.model, self.bridge.layers, processor.cache, self.bridge.keeps)
         return processor
 
     def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
@@ -211,10 +216,15 @@ class _Scheduler(FIFOScheduler):
             for request in known:
                 request.state = "running"
             parts = [(request.rows, each.query_length) for request, each in zip(known, batch, strict=True)]
-            kept = [each.has_new_token for each in batch] if self.bridge.keeps else None
-            plan = self.bridge.layers.plan(parts, kept)
-            batch[:] = [batch[place] for place in plan.order]
-            self.bridge.layers.work = plan.work
+            self.bridge.layers.count(parts)
+            begun = all(each.state.position_offset and each.has_new_token for each in batch)
+            recorder = self.bridge.recorder
+            self.bridge.records = recorder is not None and recorder.takes(parts, begun)
+            if not self.bridge.records:
+                kept = [each.has_new_token for each in batch] if self.bridge.keeps else None
+                plan = self.bridge.layers.plan(parts, kept)
+                batch[:] = [batch[place] for place in plan.order]
+                self.bridge.layers.work = plan.work
         return found
 
     def clear_cancelled_requests(self):
@@ -272,16 +282,9 @@ class _Runner(ModelRunner):
 
     def compute_batch(self, model: nn.Module, batch_data: dict) -> None:
         batch = self.inputs_and_outputs.requests_in_batch  # type: ignore[union-attr]
-        starts = batch_data["cu_seq_lens_q"].tolist()
-        pieces = [attention.Piece(start, stop) for start, stop in itertools.pairwise(starts)]
-        wanted = batch_data["logits_indices"][: sum(each.has_new_token for each in batch)]
-        options: dict[str, Any] = {attention.KEYWORD: attention.Step(pieces)}
-        if self.bridge.keeps:
-            options["logits_to_keep"] = wanted
-        logits: Tensor = model(**batch_data, **options).logits[0]
-        if "logits_to_keep" not in options:
-            logits = logits[wanted]
         self.bridge.steps += 1
+        recorder = self.bridge.recorder if self.bridge.records else None
+        logits = recorder(batch_data) if recorder else self._pass(model, batch_data, batch)
         requests = [self.bridge.requests.by_id[each.state.request_id] for each in batch if each.has_new_token]
         tokens = choose(logits.float(), [request.chooser for request in requests])
         ids = []
@@ -289,3 +292,14 @@ class _Runner(ModelRunner):
             ids.append(token.id if token else 0)
             self.bridge.requests.say(request, token)
         self.inputs_and_outputs.output_ids[0, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+
+    def _pass(self, model: nn.Module, batch_data: dict, batch: Sequence[Any]) -> Tensor:
+        """The logits of those that get a token."""
+        starts = batch_data["cu_seq_lens_q"].tolist()
+        pieces = [attention.Piece(start, stop) for start, stop in itertools.pairwise(starts)]
+        wanted = batch_data["logits_indices"][: sum(each.has_new_token for each in batch)]
+        options: dict[str, Any] = {attention.KEYWORD: attention.Step(pieces)}
+        if self.bridge.keeps:
+            options["logits_to_keep"] = wanted
+        logits: Tensor = model(**batch_data, **options).logits[0]
+        return logits if "logits_to_keep" in options else logits[wanted]

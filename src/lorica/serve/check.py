@@ -23,7 +23,7 @@ _CLOSE = {torch.float32: 0.01}
 _CLOSE_HALF = 0.3
 
 
-def adapters_are_exact(make: Callable[..., Engine]) -> None:
+def adapters_are_exact(make: Callable[..., Engine], device: torch.device | str = "cpu") -> None:
     """Two adapters on a tiny model, one prompt for both and the base, against merged weights. Raises where they differ.
 
     The prompt is longer than a step and than a page, so that chunks and the prefix cache take part.
@@ -32,7 +32,7 @@ def adapters_are_exact(make: Callable[..., Engine]) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        base = _tiny()
+        base = _tiny().to(device)
         layers = Layers(base)
         merged: list[nn.Module] = [base]
         leases: list[Lease | None] = [None]
@@ -84,7 +84,7 @@ def _greedy(model: Any, ids: list[int], count: int) -> list[int]:
     said: list[int] = []
     with torch.no_grad():
         for _ in range(count):
-            said.append(int(model(input_ids=torch.tensor([ids + said])).logits[0, -1].argmax()))
+            said.append(int(model(input_ids=torch.tensor([ids + said], device=model.device)).logits[0, -1].argmax()))
     return said
 
 

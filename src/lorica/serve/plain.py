@@ -122,7 +122,9 @@ class Plain:
             return
         try:
             ids = request.said[-1:] or request.ids
-            self.layers.work = self.layers.plan([(request.rows, len(ids))], [True] if self._keeps else None).work
+            parts = [(request.rows, len(ids))]
+            self.layers.count(parts)
+            self.layers.work = self.layers.plan(parts, [True] if self._keeps else None).work
             options = {"logits_to_keep": 1} if self._keeps else {}
             given = torch.tensor([ids], device=self.model.device)
             logits = self.model(input_ids=given, past_key_values=cache, use_cache=True, **options).logits[0, -1:]

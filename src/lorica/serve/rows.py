@@ -159,8 +159,11 @@ class Layers:
                 group.x = x
                 group.products = [
                     mixed.stacked_down(_cut(rows, a, b), A) if A.ndim == 3 else F.linear(_cut(rows, a, b), A)
-                    for a, b, A in downs
+                    for a, b, A, _ in downs
                 ]
+                for s, (*_, others) in zip(group.products, downs, strict=True):
+                    if others is not None:
+                        s.view(len(s), -1, others.shape[-1]).masked_fill_(others, 0)
             for place, a, b, (lo, hi, B, gain) in ups:
                 s, part = group.products[place], _cut(flat, a, b)
                 if gain is not None:
@@ -182,9 +185,6 @@ class Layers:
 
         Parts of one adapter become neighbours; after them come those of the base, then those of the merged adapter.
         """
-        if self.tokens is not None:
-            for rows, count in parts:
-                self.tokens[rows] += count
         key = (tuple(parts), tuple(kept or ()))
         if self._last and self._last[0] == key:
             return self._last[1]
@@ -210,6 +210,12 @@ class Layers:
             work[self.head] = work_of(Counter({rows: last[rows] for rows in totals}), kept)[self.head]
         self._last = (key, Plan(order, work))
         return self._last[1]
+
+    def count(self, parts: Sequence[Part]) -> None:
+        """Note the tokens of a batch, where somebody counts them."""
+        if self.tokens is not None:
+            for rows, count in parts:
+                self.tokens[rows] += count
 
     def merge(self, rows: Rows, changed: Mapping[int, Tensor]) -> None:
         """Let the base's weights hold an adapter's update: `changed`, by layer. All other tokens have it subtracted.
@@ -275,8 +281,8 @@ class Layers:
     def _work(self, runs: Sequence[tuple[list[Rows], Stack | None]], counts: Counter[Rows], others: int) -> list[Any]:
         """By layer ``(downs, ups, last)``; the first `others` tokens are not of the merged adapter.
 
-        A down is ``(start, stop, A)``; an up is ``(place in downs, start, stop, Up)``; `last` says that no other layer
-        of the group reads the products.
+        A down is ``(start, stop, A, which rows are not a token's)``, of which the latter is for `recorded`; an up is
+        ``(place in downs, start, stop, Up)``; `last` says that no other layer of the group reads the products.
         """
         downs: dict[int, list[Any]] = {}
         ups: dict[int, list[Any]] = {}
@@ -286,7 +292,7 @@ class Layers:
             places = {}
             for group, A in source.downs.items():
                 places[group] = len(downs.setdefault(group, []))
-                downs[group].append((start, stop, A[:count]))
+                downs[group].append((start, stop, A[:count], None))
             for layer, up in source.ups.items():
                 place = places[self.layers[layer].group.index]
                 ups.setdefault(layer, []).append((place, start, stop, up if count is None else up.sliced(count)))
@@ -301,15 +307,20 @@ class Layers:
                 if stop > start:
                     add(source, start, stop, len(run) if whole else None)  # type: ignore[arg-type]
                 start = stop
-        last = {
-            self.layers[index].group.index: index for index in sorted(ups, key=lambda index: self._called.get(index, 0))
-        }
+        by_group: dict[int, list[int]] = {}
+        for index in ups:
+            by_group.setdefault(self.layers[index].group.index, []).append(index)
+        last = {group: self.last(each) for group, each in by_group.items()}
         return [
             (downs[layer.group.index], ups[layer.index], last[layer.group.index] == layer.index)
             if layer.index in ups
             else None
             for layer in self.layers
         ]
+
+    def last(self, indices: Sequence[int]) -> int:
+        """Which of some layers the model calls last."""
+        return max(indices, key=lambda index: self._called.get(index, 0))
 
     def idle(self) -> None:
         """Forget the last batch."""

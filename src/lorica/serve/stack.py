@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -39,6 +40,11 @@ class Rows:
     shape: tuple[tuple[int, int, bool], ...]
     rank: int
     nbytes: int
+
+    @functools.cached_property
+    def gained(self) -> bool:
+        """Whether it scales the base's output anywhere, as DoRA does."""
+        return any(gained for *_, gained in self.shape)
 
     def negated(self) -> Rows:
         """The same with the opposite sign, without DoRA's gains."""
