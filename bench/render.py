@@ -89,10 +89,11 @@ def section(report: dict[str, Any]) -> list[str]:
     unit = UNITS.get(report["bench"]) or UNITS.get(report["bench"].split()[0], "tok/s")
     digits = DIGITS.get(unit, 1)
     libraries = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
     lines = [
         f"## {report['bench']}",
         "",
-        f"{machine['date']}, {cpu(machine)}, {machine['cores']} cores. {libraries}.",
+        f"{machine['date']}, {cpu(machine)}, {machine['cores']} cores{gpu}. {libraries}.",
         "",
     ]
     lines += [f"Settings: {', '.join(f'{key} {value}' for key, value in report['settings'].items())}.", ""]
