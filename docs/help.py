@@ -31,6 +31,8 @@ def _said(argv: list[str]) -> str:
     told = io.StringIO()
     with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
         main(argv)
+    if not told.getvalue().strip():  # the fault is on stderr
+        sys.exit(f"lorica {' '.join(argv)} printed nothing")
     return "\n".join(line.rstrip() for line in told.getvalue().strip().splitlines())
 
 
