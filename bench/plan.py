@@ -138,7 +138,7 @@ def planned(case: Case, steps: int) -> dict[str, Any]:
     rows = examples(case, steps)
     work = plan.work_of(*(plan.Asked(each, rows, method_of(each), steps) for each in members(case, steps).values()))
     load_tokenizer("smollm2-135m")  # which reading the data of a plan takes
-    found = plan.predict(config_of(case), work, peak=here.gemm_peak(case.dtype))
+    found = plan.predict(config_of(case), work, rate=here.step_rate(case.dtype))
     parts = dataclasses.asdict(found.memory)
     return {"total_bytes": found.memory.total, "parts": parts, "step_seconds": found.seconds}
 

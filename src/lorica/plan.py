@@ -37,8 +37,6 @@ from lorica.models.loading import locate
 from lorica.models.machine import DTYPES, resolve_device, resolve_dtype
 from lorica.passes import Passes
 
-# Of a peak measured on large products, what a training step reached (docs/LOG.md): its products are smaller.
-EFFICIENCY = 0.55
 # What an allocator keeps beyond what is asked for, as a share of the tensors that come and go: pieces that fit nothing.
 SLACK = 0.06
 # Bytes per parameter of a packed base: 4 bits and an fp32 scale per 64, or 8 bits and (nearly nothing) a scale per row.
@@ -77,7 +75,7 @@ class Prediction:
         parameters, trainable: numbers of the model, and of those trained.
         flops: operations of one update.
         tokens: of one update.
-        seconds: of one update, None without a measured peak.
+        seconds: of one update, None without a measured rate.
         checkpointing: whether activations are computed again instead of kept.
     """
 
@@ -158,7 +156,7 @@ def predict(
     config: PretrainedConfig,
     work: Work,
     process: int | None = None,
-    peak: float | None = None,
+    rate: float | None = None,
     kind: Any = AutoModelForCausalLM,
 ) -> Prediction:
     """Memory and arithmetic of one update.
@@ -167,7 +165,7 @@ def predict(
         config: of a causal model.
         work: what is trained on what.
         process: bytes that the process holds without the model (see `machine.room`); those of this one if left out.
-        peak: FLOP/s of a matrix product in this dtype on this machine; with it, the time is predicted too.
+        rate: FLOP/s of a training step in this dtype (`machine.step_rate`); with it, the time is predicted too.
         kind: the class that the config belongs to.
     """
     fullest = _fullest(work)
@@ -186,7 +184,7 @@ def predict(
         optimizer=found.trainable * 8,
         activations=int(found.live * (1 + SLACK)),
     )
-    seconds = flops / (peak * EFFICIENCY) if peak else None
+    seconds = flops / rate if rate else None
     return Prediction(memory, found.parameters, found.trainable, flops, tokens, seconds, work.checkpointing)
 
 

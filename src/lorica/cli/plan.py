@@ -55,8 +55,8 @@ def run(settings: Settings) -> int | dict[str, Any]:
     found, fits = plan.fitting(config, work, available, process)
     work = dataclasses.replace(work, checkpointing=found.checkpointing)
     every = {f"{settings.method} {in_words(method, settings.targets)}, {work.dtype}": work} | _others(work)
-    peaks = {each.dtype: machine.gemm_peak(each.dtype, str(device)) for each in every.values()}
-    rows = {name: plan.predict(config, each, process, peaks[each.dtype]) for name, each in every.items()}
+    rates = {each.dtype: machine.step_rate(each.dtype, str(device)) for each in every.values()}
+    rows = {name: plan.predict(config, each, process, rates[each.dtype]) for name, each in every.items()}
     found = next(iter(rows.values()))
     changes = [] if fits else plan.advice(config, work, available, process)
     tokens = asked.tokens if settings.data else None
@@ -68,7 +68,7 @@ def run(settings: Settings) -> int | dict[str, Any]:
         "fits": fits,
         "steps": asked.steps if settings.data else None,
         "update_tokens": found.tokens,
-        "gemm_flops": peaks[work.dtype],
+        "gemm_flops": machine.gemm_peak(work.dtype, str(device)),
         "plans": {name: _plain(each, tokens) for name, each in rows.items()},
         "advice": [{"change": flag, "total_bytes": total} for flag, total in changes],
     }

@@ -14,6 +14,8 @@ from lorica.kernels.precision import computes_in, cpu_multiplies_bf16
 # What glibc's heap keeps of a training beyond what is asked for, whatever its size: pieces that it cannot join
 # (docs/LOG.md).
 HEAP = 150_000_000
+# Of `gemm_peak`, what a training step reached (docs/LOG.md): its products are smaller, and not all it does is products.
+EFFICIENCY = {"cpu": 0.55, "cuda": 0.7}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,6 +82,11 @@ def gemm_peak(dtype: str, device: str = "cpu", seconds: float = 0.3) -> float:
         rate = _gemm_rate(dtype, device, size, seconds if size == largest else 0.0)
         size *= 2
     return rate
+
+
+def step_rate(dtype: str, device: str = "cpu") -> float:
+    """FLOP/s of a training step, as far as it is known from `gemm_peak`."""
+    return gemm_peak(dtype, device) * EFFICIENCY.get(torch.device(device).type, EFFICIENCY["cpu"])
 
 
 def _gemm_rate(dtype: str, device: str, size: int, seconds: float) -> float:

@@ -67,11 +67,11 @@ def forecast(model: Any, members: Mapping[str, tuple[Prepared, TrainSettings]]) 
         asked.append(plan.Asked(here, data.given, method, steps))
     try:
         work = plan.work_of(*asked)
-        peak = machine.gemm_peak(work.dtype, str(device))
-        found = plan.predict(model.config, work, process, peak, type(model))
+        rate = machine.step_rate(work.dtype, str(device))
+        found = plan.predict(model.config, work, process, rate, type(model))
         if settings.checkpointing == "auto" and found.memory.total > available:
             again = dataclasses.replace(work, checkpointing=True)
-            found = plan.predict(model.config, again, process, peak, type(model))
+            found = plan.predict(model.config, again, process, rate, type(model))
     except _NO_PLAN as fault:
         return Forecast(wanted, available, why=f"{type(fault).__name__} {(str(fault).splitlines() or [''])[0]}".strip())
     # The plan is of one update; time goes by the tokens of all.
