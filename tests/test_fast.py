@@ -7,9 +7,10 @@ import torch
 import transformers
 
 import lorica
+from classifiers import tokenizer
 from families import FAMILIES
-from lorica import LoRA
-from lorica.data import Example, collate
+from lorica import LoRA, TrainSettings
+from lorica.data import Example, Sampler, collate
 from lorica.fast import Fast
 from lorica.kernels.documents import Documents, documents
 from lorica.passes import Passes
@@ -80,6 +81,28 @@ def test_a_pack_gives_the_gradient_of_its_rows_alone(family):
     wanted, expected = eager(adapted(family))
     assert loss == pytest.approx(wanted, rel=1e-5)
     assert apart(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3"])
+def test_the_loss_curve_is_that_of_a_plain_loop(family, tmp_path):
+    ours, plain = adapted(family), adapted(family)
+    settings = TrainSettings(
+        lr=0.02, steps=8, batch=2, schedule="constant", warmup=0.0, clip=0.0, held_out=0.0, dtype="fp32", device="cpu"
+    )
+    said = []
+    lorica.train(ours, tokenizer(), ROWS, settings, out=tmp_path / "run", report=said.append)
+    adamw = torch.optim.AdamW(lorica.trainable(plain).values(), 0.02, settings.betas, 1e-8, weight_decay=0.0)
+    sampler = Sampler(len(ROWS), 2, settings.seed)
+    wanted = []
+    for _ in range(8):
+        loss, found = eager(plain, [ROWS[i] for i in next(sampler)])
+        wanted.append(loss)
+        for name, parameter in lorica.trainable(plain).items():
+            parameter.grad = found[name]
+        adamw.step()
+        adamw.zero_grad()
+    assert [event["loss"] for event in said if event["kind"] == "step"] == pytest.approx(wanted, rel=1e-4)
+    assert min(wanted) < 0.9 * wanted[0]
 
 
 def test_a_router_keeps_its_own_loss_beside_that_of_the_pack():
