@@ -32,7 +32,7 @@ def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     if not gate.is_meta:
         from lorica.kernels import jit
 
-        jit.gated[_blocks(gate)](gate, up, out, gate.numel(), ACT=GATES[act], BLOCK=_BLOCK)
+        jit.gated[_blocks(gate.numel())](gate, up, out, gate.numel(), ACT=GATES[act], BLOCK=_BLOCK)
     return out
 
 
@@ -42,7 +42,7 @@ def gated_backward(dh: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tens
     if not dh.is_meta:
         from lorica.kernels import jit
 
-        jit.gated_backward[_blocks(gate)](dh, gate, up, dup, gate.numel(), ACT=GATES[act], BLOCK=_BLOCK)
+        jit.gated_backward[_blocks(gate.numel())](dh, gate, up, dup, gate.numel(), ACT=GATES[act], BLOCK=_BLOCK)
     return dh, dup
 
 
@@ -52,9 +52,9 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     if not x.is_meta:
         from lorica.kernels import jit
 
-        x, cos, sin, half = x.contiguous(), cos.contiguous(), sin.contiguous(), x.shape[-1] // 2
-        sizes = {"HALF": half, "BACKWARD": backward, "BLOCK": _BLOCK}
-        jit.rotated[(-(-x.numel() // 2 // _BLOCK),)](x, cos, sin, out, x.numel() // 2, x.shape[-2], **sizes)
+        x, cos, sin, pairs = x.contiguous(), cos.contiguous(), sin.contiguous(), x.numel() // 2
+        sizes = {"HALF": x.shape[-1] // 2, "BACKWARD": backward, "BLOCK": _BLOCK}
+        jit.rotated[_blocks(pairs)](x, cos, sin, out, pairs, x.shape[-2], **sizes)
     return out
 
 
@@ -68,8 +68,8 @@ def softmax_gradient(logits: Tensor, wanted: Tensor, weights: Tensor, nll: Tenso
         jit.softmax_gradient[(n,)](logits, logits.stride(0), wanted, weights, nll, **size, num_warps=8)
 
 
-def _blocks(x: Tensor) -> tuple[int]:
-    return (-(-x.numel() // _BLOCK),)
+def _blocks(count: int) -> tuple[int]:
+    return (-(-count // _BLOCK),)
 
 
 @functools.cache

@@ -62,7 +62,7 @@ class Bridge:
         self.keeps: bool = self.model._supports_logits_to_keep()
         self.steps = self.restarts = 0
         self.recorder: Recorder | None = None
-        self.records = False  # the step at hand
+        self.recording: Recorder | None = None  # the same, where it takes the step at hand
         self._manager: _Manager | None = None
         self._undo = contextlib.ExitStack()
 
@@ -219,8 +219,8 @@ class _Scheduler(FIFOScheduler):
             self.bridge.layers.count(parts)
             begun = all(each.state.position_offset and each.has_new_token for each in batch)
             recorder = self.bridge.recorder
-            self.bridge.records = recorder is not None and recorder.takes(parts, begun)
-            if not self.bridge.records:
+            self.bridge.recording = recorder if recorder and recorder.takes(parts, begun) else None
+            if not self.bridge.recording:
                 kept = [each.has_new_token for each in batch] if self.bridge.keeps else None
                 plan = self.bridge.layers.plan(parts, kept)
                 batch[:] = [batch[place] for place in plan.order]
@@ -283,7 +283,7 @@ class _Runner(ModelRunner):
     def compute_batch(self, model: nn.Module, batch_data: dict) -> None:
         batch = self.inputs_and_outputs.requests_in_batch  # type: ignore[union-attr]
         self.bridge.steps += 1
-        recorder = self.bridge.recorder if self.bridge.records else None
+        recorder = self.bridge.recording
         logits = recorder(batch_data) if recorder else self._pass(model, batch_data, batch)
         requests = [self.bridge.requests.by_id[each.state.request_id] for each in batch if each.has_new_token]
         tokens = choose(logits.float(), [request.chooser for request in requests])
