@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorica.kernels import documents as within_documents
-from lorica.kernels import head
+from lorica.kernels import folding, head
 from lorica.kernels.documents import Documents, attention, documents
 from lorica.kernels.elementwise import ACTIVATIONS, RMSNorm, Rotary
 from lorica.kernels.experts import grouped
@@ -224,3 +224,14 @@ def test_dropout_is_replayed_and_belongs_to_the_document(seed, lengths):
     start = sum(lengths[:-1])
     alone = within_documents.Documents((lengths[-1],), keys[-1:]).kept(6, 0.4, 5, 0, lengths[-1], like)
     assert torch.equal(whole[start:], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_of_weights_and_updates_are_rounded_once_whatever_memory_they_go_through(dtype, monkeypatch):
+    monkeypatch.setattr(folding, "_ELEMENTS", 40)
+    draw, sums = Draw(0, torch.float32), folding.Sums()
+    for rows, columns in ((9, 7), (3, 50), (20, 11), (1, 13)):  # in blocks, a row wider than a block, after it narrower
+        W, A, B = draw(rows, columns).to(dtype), draw(2, columns), draw(rows, 2)
+        found = sums.into(torch.empty_like(W), W, A, B, 0.5)
+        exact = W.double() + 0.5 * B.double() @ A.double()
+        assert torch.equal(found, exact.to(dtype)) or (dtype == torch.float32 and torch.allclose(found, exact.float()))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorica import weights
 from lorica.errors import LoricaError, all_faults
-from lorica.kernels import folding
+from lorica.kernels.folding import Sums
 from lorica.lowrank import LowRank
 from lorica.state import (
     State,
@@ -22,6 +22,7 @@ from lorica.state import (
     forget,
     known,
     live,
+    module_at,
     place,
     remove,
     require,
@@ -138,7 +139,7 @@ def _refuse_unmergeable(model: nn.Module, state: State, name: str) -> None:
     method = state.adapters[name].method
     if method.unmergeable:
         raise LoricaError(f"{method.name} cannot be merged, since {method.unmergeable}; the adapter works unmerged")
-    layers = {path: model.get_submodule(path) for path, _ in state.adapters[name].patches}
+    layers = {path: module_at(model, path) for path, _ in state.adapters[name].patches}
     reasons = {path: weights.unmergeable(layer) for path, layer in layers.items()}
     if faults := [f"{path}: {reason}" for path, reason in reasons.items() if reason]:
         raise all_faults("these layers cannot be merged (the adapter works unmerged):", faults)
@@ -174,18 +175,19 @@ def _fold(
     layers: dict[str, tuple[nn.Module, weights.Storage]] = {}
     by_matrix: dict[tuple[str, str], list[Any]] = {}
     for (path, part), patch in state.adapters[name].patches.items():
-        layer = model.get_submodule(path)
+        layer = module_at(model, path)
         layers[path] = layer, weights.storage_of(layer)
         by_matrix.setdefault((path, layers[path][1].parameter(part)), []).append(patch)
     may_be = dict.fromkeys(key.rpartition(".")[0] for key, each in placed if weights.format_of(each) in weights.PACKED)
     packed = [path for path in may_be if (kind := weights.storage(model.get_submodule(path))) and kind.packed]
     layers |= {path: (layer := model.get_submodule(path), weights.storage_of(layer)) for path in packed}
     folded: dict[str, nn.Parameter] = {}
-    grown = 0
+    grown, sums = 0, Sums()
     for path, own in dict.fromkeys([*by_matrix, *((path, "weight") for path in packed)]):
         layer, storage = layers[path]
-        key, old = f"{path}.{own}", layer.get_parameter(own)
-        new = _summed(storage, old, by_matrix.get((path, own), []), spare.get(key))
+        key, old = f"{path}.{own}", layer._parameters[own]
+        assert old is not None
+        new = _summed(sums, storage, old, by_matrix.get((path, own), []), spare.get(key))
         if new is None:
             W = storage.read(layer, own)
             for patch in by_matrix.get((path, own), ()):
@@ -208,7 +210,9 @@ def _fold(
     return packed, grown
 
 
-def _summed(storage: weights.Storage, weight: nn.Parameter, patches: list[Any], spare: Tensor | None) -> Tensor | None:
+def _summed(
+    sums: Sums, storage: weights.Storage, weight: nn.Parameter, patches: list[Any], spare: Tensor | None
+) -> Tensor | None:
     """The merged weight, in `spare` if that fits; None where it takes more than one sum of two matrices."""
     W = weight.detach()
     if storage.name != "linear" or type(W) is not Tensor or [type(patch) for patch in patches] != [LowRank]:
@@ -220,7 +224,7 @@ def _summed(storage: weights.Storage, weight: nn.Parameter, patches: list[Any], 
     wanted = (W.shape, W.dtype, W.device, True)
     if spare is None or (spare.shape, spare.dtype, spare.device, spare.is_contiguous()) != wanted:
         spare = torch.empty_like(W, memory_format=torch.contiguous_format)
-    return folding.added(W, A, B, patch.scale, spare)
+    return sums.into(spare, W, A, B, patch.scale)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorica.kernels.documents import attending
-from lorica.kernels.folding import added
+from lorica.kernels.folding import Sums
 from lorica.serve.engine import Engine
 from lorica.serve.leases import Lease
 from lorica.serve.rows import Layers
@@ -120,7 +120,8 @@ class Dominant:
 
     def _switch(self, rows: Rows) -> float:
         """Put the merged weights in place; how far that moved logits."""
-        changed = {index: self._sum(rows, index) for index in rows.ups}
+        sums = Sums()
+        changed = {index: self._sum(sums, rows, index) for index in rows.ups}
         with self.engine.pause(), contextlib.ExitStack() as undo:
             before = self._logits(rows)
             undo.callback(self.layers.unmerge)
@@ -142,13 +143,13 @@ class Dominant:
         while not self._done.wait(self._every):
             self.look()
 
-    def _sum(self, rows: Rows, index: int) -> Tensor:
+    def _sum(self, sums: Sums, rows: Rows, index: int) -> Tensor:
         """``W + s B A`` of a layer as it is stored, made in fp32 and rounded once."""
         layer, up = self.layers.layers[index], rows.ups[index]
         A = rows.downs[layer.group.index][up.lo : up.hi]
         weight = layer.module.get_parameter("weight").detach()
         merged, stored = torch.empty_like(weight), layer.kind.stored
-        added(stored(weight), A, up.B.T, 1.0, stored(merged))
+        sums.into(stored(merged), stored(weight), A, up.B.T, 1.0)
         return merged
 
     def _unfit(self, rows: Rows) -> str | None:
