@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorica.kernels import documents as within_documents
-from lorica.kernels import folding, head
+from lorica.kernels import few, folding, head
 from lorica.kernels.documents import Documents, attention, documents
 from lorica.kernels.elementwise import ACTIVATIONS, RMSNorm, Rotary
 from lorica.kernels.experts import grouped
@@ -235,3 +235,28 @@ def test_sums_of_weights_and_updates_are_rounded_once_whatever_memory_they_go_th
         found = sums.into(torch.empty_like(W), W, A, B, 0.5)
         exact = W.double() + 0.5 * B.double() @ A.double()
         assert torch.equal(found, exact.to(dtype)) or (dtype == torch.float32 and torch.allclose(found, exact.float()))
+
+
+@quick
+@given(seed=seeds, rows=st.integers(1, 9), biased=st.booleans(), strided=st.booleans())
+def test_a_few_rows_times_a_matrix_are_a_linear_layer(seed, rows, biased, strided):
+    draw = Draw(seed)
+    x, W, b = draw(rows, 1, 7), draw(5, 7), draw(5) if biased else None
+    x = x.transpose(0, 1) if strided else x
+    found, wanted = few.linear(x, W, b), F.linear(x, W, b)
+    assert found.shape == wanted.shape and found.is_contiguous()
+    assert torch.allclose(found, wanted, rtol=1e-12)
+
+
+def test_a_few_rows_go_another_way_only_where_a_large_fp32_matrix_on_a_cpu_is_faster_that_way(monkeypatch):
+    monkeypatch.setattr(few, "_most", lambda threads: 16)
+    large = torch.zeros(300, 300)
+    assert few.most(large) == 16
+    assert not any(few.most(each) for each in (large[:100], large.T[:, 1:], large.bfloat16(), large.to("meta")))
+    monkeypatch.undo()
+    for answers, wanted in (((True,), 64), ((False, False, True), 16), ((False,) * 5, 0)):
+        told = iter(answers)
+        monkeypatch.setattr(few, "pays", lambda usual, other, gain, told=told: next(told))
+        few._most.cache_clear()
+        assert few.most(large) == wanted
+    few._most.cache_clear()

@@ -9,7 +9,7 @@ import lorica
 from laws import close
 from lorica import Adapter, LoRA
 from lorica.errors import LoricaError
-from lorica.kernels import mixed
+from lorica.kernels import few, mixed
 from lorica.serve.rows import Layers
 from serving import base, merged, prompt
 from tiny import stir
@@ -72,7 +72,7 @@ def rows_of(layers, names):
     return {name: layers.rows(Adapter.of(merged()[name])) for name in names}
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["products", "masked"])
+@pytest.mark.parametrize("way", ["products", "few rows", "masked"])
 @pytest.mark.parametrize(
     "parts",
     [
@@ -85,8 +85,11 @@ def rows_of(layers, names):
     ],
     ids=["one", "stacked", "prefill and decode", "every kind", "magnitudes stacked", "magnitudes"],
 )
-def test_a_mixed_forward_gives_what_each_part_alone_gives_on_merged_weights(layers, parts, masked, monkeypatch):
-    monkeypatch.setattr(layers, "masked", masked)  # as on a GPU
+def test_a_mixed_forward_gives_what_each_part_alone_gives_on_merged_weights(layers, parts, way, monkeypatch):
+    monkeypatch.setattr(layers, "masked", way == "masked")  # as on a GPU
+    direct, linear = [], few.linear
+    monkeypatch.setattr(few, "most", lambda W: 64 * (way == "few rows"))
+    monkeypatch.setattr(few, "linear", lambda *given: direct.append(given) or linear(*given))
     made = rows_of(layers, {name for name, _ in parts if name})
     plan = layers.plan([(made.get(name), count) for name, count in parts])
     ordered = [parts[place] for place in plan.order]
@@ -96,6 +99,7 @@ def test_a_mixed_forward_gives_what_each_part_alone_gives_on_merged_weights(laye
         flat = torch.tensor([[id] for ids in tokens for id in ids])  # every token a sequence of its own
         logits = layers.model(input_ids=flat).logits[:, 0]
         layers.idle()
+    assert bool(direct) == (way == "few rows")
     start = 0
     for (name, count), ids in zip(ordered, tokens, strict=True):
         with torch.no_grad():

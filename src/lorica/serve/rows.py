@@ -139,7 +139,7 @@ class Layers:
     def _forward(self, layer: _Layer) -> Any:
         module: Any = layer.module
         base, index, group, into, out = type(module).forward, layer.index, layer.group, layer.into, layer.out
-        most = few.MOST * into if base is nn.Linear.forward and few.fits(module.weight) else 0
+        most = few.most(module.weight) * into if base is nn.Linear.forward else 0
 
         def forward(x: Tensor) -> Tensor:
             direct = into < x.numel() <= most
