@@ -1,8 +1,14 @@
-"""The engine beside transformers' own ways, and PEFT's mixed batch, on the same prompts."""
+"""The engine beside transformers' own ways, and PEFT's mixed batch, on the same prompts.
+
+PEFT's batch is met in three ways: sixteen requests of one length, which suits it best, with its own default targets
+(q and v) and with all linear layers; and 64 requests of many lengths, which it takes sixteen at a time, padded, each
+batch until its longest answer is there. Tokens that were asked for count, on both sides.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,26 +16,24 @@ from peft import PeftModel
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lorica
-from serve_parts.served import Served, adapters_in, made, prompts
+from serve_parts.served import Served, adapters_in, made, prompts, uneven
 from serve_parts.timing import in_turn, medians, rates, timed
+
+BATCH, UNEVEN = 16, 64  # requests at a time, and of many lengths
 
 
 def run(options: Any) -> dict[str, Any]:
     """Ratios of tokens per second, ours over theirs."""
-    names = [f"qv-r8-{i}" for i in range(16)]
     with adapters_in(options) as folder:
         model, _ = lorica.load(options.model, dtype="fp32")
-        for i, name in enumerate(names):
-            made(model, folder, name, lorica.LoRA(r=8, alpha=8), "qv", 800 + i)
+        names = {targets: [f"{targets}-r8-{i}" for i in range(BATCH)] for targets in ("qv", "all-linear")}
+        for targets, each in names.items():
+            for i, name in enumerate(each):
+                made(model, folder, name, lorica.LoRA(r=8, alpha=8), targets, 800 + i)
         served = Served(options, folder)
-        ids, digest = prompts(options.prompt, 16)
-        given = torch.tensor(ids)
-        count = {"max_new_tokens": options.answer, "min_new_tokens": options.answer, "do_sample": False}
-        quiet = GenerationConfig(**count, eos_token_id=-1, pad_token_id=0)
-        pefted = PeftModel.from_pretrained(lorica.load(options.model, dtype="fp32")[0], folder / names[0], names[0])
-        for name in names[1:]:
-            pefted.load_adapter(folder / name, name)
-        pefted.eval()
+        theirs = {targets: _pefted(options, folder, each) for targets, each in names.items()}
+        ids, digest = prompts(options.prompt, BATCH)
+        many, answers, other = uneven(UNEVEN)
 
         def upstream() -> None:
             size = ContinuousBatchingConfig(page_size=32, num_blocks=1024, max_batch_tokens=512, max_memory_percent=1.0)
@@ -37,13 +41,37 @@ def run(options: Any) -> dict[str, Any]:
             found = model.generate_batch(ids, generation_config=plain, continuous_batching_config=size, warmup=False)
             assert all(len(each.generated_tokens) == options.answer for each in found.values())
 
-        generate = {"attention_mask": torch.ones_like(given), "generation_config": quiet}
+        def generated(of: Any, ids: list[list[int]], answer: int, **more: Any) -> None:
+            longest = max(map(len, ids))
+            padded = torch.tensor([[0] * (longest - len(each)) + each for each in ids])
+            mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in ids])
+            count = {"max_new_tokens": answer, "min_new_tokens": answer, "do_sample": False}
+            quiet = GenerationConfig(**count, eos_token_id=-1, pad_token_id=0)
+            found = of.generate(input_ids=padded, attention_mask=mask, generation_config=quiet, **more)
+            assert found.shape[1] == longest + answer
+
+        def ours(targets: str) -> float:
+            return served.run(list(zip(names[targets], ids, strict=True)), options.answer)[0]
+
+        def mixed(targets: str) -> float:
+            return timed(lambda: generated(theirs[targets], ids, options.answer, adapter_names=names[targets]))
+
+        def in_batches() -> None:
+            for i in range(0, UNEVEN, BATCH):
+                batch = slice(i, i + BATCH)
+                generated(theirs["qv"], many[batch], max(answers[batch]), adapter_names=names["qv"])
+
+        every = names["qv"] * (UNEVEN // BATCH)
         calls: dict[str, Callable[[], float]] = {
             "lorica": lambda: served.run([(None, each) for each in ids], options.answer)[0],
             "transformers continuous batching": lambda: timed(upstream),
-            "batched generate": lambda: timed(lambda: model.generate(given, **generate)),
-            "lorica 16 r8 qv": lambda: served.run(list(zip(names, ids, strict=True)), options.answer)[0],
-            "peft mixed batch": lambda: timed(lambda: pefted.generate(given, adapter_names=names, **generate)),
+            "batched generate": lambda: timed(lambda: generated(model, ids, options.answer)),
+            "lorica 16 r8 qv": lambda: ours("qv"),
+            "peft mixed batch": lambda: mixed("qv"),
+            "lorica 16 r8 all-linear": lambda: ours("all-linear"),
+            "peft mixed batch, all-linear": lambda: mixed("all-linear"),
+            "lorica, many lengths": lambda: served.run(list(zip(every, many, strict=True)), answers)[0],
+            "peft mixed batch, many lengths": lambda: timed(in_batches),
         }
         with torch.no_grad():
             found = in_turn(calls, options.repeats)
@@ -51,5 +79,19 @@ def run(options: Any) -> dict[str, Any]:
     took = medians(found)
     pairs = [("lorica", "transformers continuous batching"), ("lorica", "batched generate")]
     pairs.append(("lorica 16 r8 qv", "peft mixed batch"))
+    pairs.append(("lorica 16 r8 all-linear", "peft mixed batch, all-linear"))
+    pairs.append(("lorica, many lengths", "peft mixed batch, many lengths"))
     ratios = {f"{ours} / {theirs}": took[theirs] / took[ours] for ours, theirs in pairs}
-    return {"results": rates(found, 16 * options.answer), "ratios": ratios, "settings": {"prompts": digest}}
+    even = {name: each for name, each in found.items() if "lengths" not in name}
+    rows = rates(even, BATCH * options.answer)
+    rows |= rates({name: found[name] for name in found if name not in even}, sum(answers))
+    return {"results": rows, "ratios": ratios, "settings": {"prompts": digest, "prompts of many lengths": other}}
+
+
+def _pefted(options: Any, folder: Path, names: list[str]) -> Any:
+    """The base with PEFT's adapters on it."""
+    model, _ = lorica.load(options.model, dtype="fp32")
+    found = PeftModel.from_pretrained(model, folder / names[0], names[0])
+    for name in names[1:]:
+        found.load_adapter(folder / name, name)
+    return found.eval()

@@ -40,17 +40,21 @@ class Served:
         self.engine.stop()
         self.store.close()
 
-    def run(self, jobs: list[tuple[str | None, list[int]]], count: int) -> tuple[float, list[float]]:
+    def run(self, jobs: list[tuple[str | None, list[int]]], count: int | list[int]) -> tuple[float, list[float]]:
         """Seconds for all of some requests at once, and between the tokens of the last one.
 
-        When the last has its first token all are read, so those times are of steps that decode all of them.
+        `count`: tokens of an answer, or of each. Where as many are asked as run at a time, and the last has its first
+        token, all are read, so those times are of steps that decode all of them.
         """
+        counts = count if isinstance(count, list) else [count] * len(jobs)
         leases = [self.store.lease(name) if name else None for name, _ in jobs]
         for lease in leases:
             assert lease is None or (lease.wait() and lease.generation.payload), lease.generation.error
         began = timing.clock()
-        sampling = Sampling(count, ignore_eos=True)
-        streams = [self.engine.submit(ids, sampling, lease) for (_, ids), lease in zip(jobs, leases, strict=True)]
+        streams = [
+            self.engine.submit(ids, Sampling(count, ignore_eos=True), lease)
+            for (_, ids), count, lease in zip(jobs, counts, leases, strict=True)
+        ]
         times = [timing.clock() for _ in streams[-1]][:-1]
         for stream in streams[:-1]:
             assert stream.result()[1].reason == "length"
@@ -94,6 +98,14 @@ def prompts(length: int, count: int) -> tuple[list[list[int]], str]:
     draw = random.Random(0)
     ids = [drawn(draw, length) for _ in range(count)]
     return ids, hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
+
+
+def uneven(count: int) -> tuple[list[list[int]], list[int], str]:
+    """Prompts of 16 to 128 tokens and answers of 8 to 128, many short and few long, and a digest of them."""
+    draw = random.Random(1)
+    ids = [drawn(draw, round(16 * 8 ** draw.random())) for _ in range(count)]
+    answers = [round(8 * 16 ** draw.random()) for _ in range(count)]
+    return ids, answers, hashlib.sha256(json.dumps([ids, answers]).encode()).hexdigest()[:12]
 
 
 def mixtures(model: Any, folder: Path) -> dict[str, list[str]]:

@@ -56,6 +56,8 @@ def test_the_plan_tells_memory_without_loading(things, capsys, monkeypatch):
         (["--host", "0.0.0.0"], "--keys FILE, or --open"),
         (["--kv-memory", "much"], "--kv-memory is 'much'; it must be a size"),
         (["--concurrency", "0", "--timeout", "0"], "--concurrency must be 1 or more\n--timeout and"),
+        (["--merge-dominant", "--deterministic"], "--merge-dominant changes the last bits"),
+        (["--merge-dominant", "--quantize", "nf4"], "--merge-dominant needs a base that is not quantised"),
         (["--keys", "k.toml", "--open"], "--open is for a server without --keys"),
     ],
 )

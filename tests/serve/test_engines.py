@@ -384,6 +384,31 @@ def test_the_best_engine_is_opened_checked_and_the_reason_for_another_is_told(mo
         engine.stop()
 
 
+def test_a_deterministic_engine_gives_the_same_bits_whatever_else_is_asked(root, monkeypatch):
+    monkeypatch.setattr("lorica.kernels.few.most", lambda W: pytest.fail("a way was chosen by its speed"))
+    model = base()
+    layers = Layers(model, deterministic=True)
+    store = Store(layers.read, root)
+    engine, note = open_engine(model, layers, SMALL, deterministic=True)
+
+    def ask(name, place, **sampling):
+        lease = store.lease(name) if name else None
+        return engine.submit(prompt(place, 40), Sampling(12, ignore_eos=True, logprobs=3, **sampling), lease)
+
+    mine = [("r2", 0, {}), ("qv", 0, {"temperature": 1.0, "seed": 4}), (None, 0, {})]
+    try:
+        assert "by itself" in note
+        by_itself = [ask(name, place, **more).result() for name, place, more in mine]
+        others = [ask(name, place) for place, name in enumerate(["qv2", "r64", None, "qv3"], start=1)]
+        among = [ask(name, place, **more) for name, place, more in mine]
+        assert [each.result() for each in among] == by_itself  # floats and all, and nothing from a prefix cache
+        for each in others:
+            each.result()
+    finally:
+        engine.stop()
+        store.close()
+
+
 def test_the_check_at_the_start_sees_a_prefix_cache_that_ignores_adapters(monkeypatch):
     monkeypatch.setattr("lorica.serve.bridge._salted", lambda ids, digest, vocab: ids)
     with pytest.raises(LoricaError, match="merged weights"):

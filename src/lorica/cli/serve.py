@@ -58,6 +58,9 @@ class Settings(Common):
     merge_dominant: bool = False
     """Merge the adapter that most tokens are for into a second copy of the weights that it changes, while it is so.
     Its tokens cost what the base's do then, those of others somewhat more. Answers stay the same within rounding."""
+    deterministic: bool = False
+    """Compute every request by itself: the same prompt, adapter, settings and seed give the same bits, whatever else is
+    asked. Slower, since nothing is batched."""
     concurrency: int = 32
     """Answers at once; keys may have limits of their own."""
     max_waiting: int = 256
@@ -102,7 +105,16 @@ def run(settings: Settings) -> int:
             root = Path(settings.adapters).expanduser() if settings.adapters else None
             merging = _merging(line) if settings.merge_dominant else None
             opened = opening.opened(
-                thing, size, promised, root=root, hub=settings.hub, keys=keys, merging=merging, progress=tell, **how
+                thing,
+                size,
+                promised,
+                root=root,
+                hub=settings.hub,
+                keys=keys,
+                merging=merging,
+                deterministic=settings.deterministic,
+                progress=tell,
+                **how,
             )
             with opened as ready:
                 host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -158,6 +170,8 @@ def _check(settings: Settings) -> None:
         faults.append("--timeout and --adapter-share must be above 0")
     if settings.merge_dominant and settings.quantize != "none":
         faults.append("--merge-dominant needs a base that is not quantised")
+    if settings.merge_dominant and settings.deterministic:
+        faults.append("--merge-dominant changes the last bits of answers, which --deterministic forbids")
     if settings.keys and settings.open:
         faults.append("--open is for a server without --keys")
     if not (settings.keys or settings.open or server.is_local(settings.host)):

@@ -39,13 +39,18 @@ if TYPE_CHECKING:
 
 
 def open_engine(
-    model: nn.Module, layers: Layers, settings: EngineSettings | None = None, ends: Sequence[int] = ()
+    model: nn.Module,
+    layers: Layers,
+    settings: EngineSettings | None = None,
+    ends: Sequence[int] = (),
+    deterministic: bool = False,
 ) -> tuple[Engine, str]:
     """The best engine that can serve a model exactly, started and checked; and why it is the slower one, if it is.
 
     Args:
         layers: of this model, which the store's payloads come from (`Layers.read`).
         ends: ids that end a text, such as the tokenizer's and the generation config's.
+        deterministic: compute every request by itself, so that nothing else is in its bits; the slower engine does.
     """
     import transformers
 
@@ -56,6 +61,8 @@ def open_engine(
     own = check.model_is_its_own(model, [1, 2, 3])
     reason = ""
     try:
+        if deterministic:
+            raise RuntimeError("every request is computed by itself (--deterministic)")
         from lorica.serve.bridge import MINOR, Bridge
 
         if not transformers.__version__.startswith(f"{MINOR}."):

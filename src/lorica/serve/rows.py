@@ -84,10 +84,13 @@ class _Group:
 
 
 class Layers:
-    """The linear layers of a base. `work` says what each does now; see `plan`."""
+    """The linear layers of a base. `work` says what each does now; see `plan`.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    With `deterministic`, no way of multiplying is chosen by its speed: another process would choose another.
+    """
+
+    def __init__(self, model: nn.Module, deterministic: bool = False) -> None:
+        self.model, self.deterministic = model, deterministic
         fitting = {path: module for path, module in candidates(model).items() if _fits(module)}
         self.layers = [_Layer(path, module, index) for index, (path, module) in enumerate(fitting.items())]
         self._by_path = {layer.path: layer for layer in self.layers}
@@ -139,7 +142,8 @@ class Layers:
     def _forward(self, layer: _Layer) -> Any:
         module: Any = layer.module
         base, index, group, into, out = type(module).forward, layer.index, layer.group, layer.into, layer.out
-        most = few.most(module.weight) * into if base is nn.Linear.forward else 0
+        tried = base is nn.Linear.forward and not self.deterministic
+        most = few.most(module.weight) * into if tried else 0
 
         def forward(x: Tensor) -> Tensor:
             direct = into < x.numel() <= most

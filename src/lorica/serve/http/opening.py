@@ -109,17 +109,19 @@ def opened(
     hub: Sequence[str] = (),
     keys: Keys | None = None,
     merging: Callable[[str], None] | None = None,
+    deterministic: bool = False,
     progress: Progress | None = None,
     **how: str,
 ) -> Iterator[Opened]:
     """A running engine with its adapters, until the block ends. `how`: dtype, device and quantize of `models.load`.
 
-    With `merging`, which is told of it, the adapter that most tokens are for is merged.
+    With `merging`, which is told of it, the adapter that most tokens are for is merged; `deterministic`: see
+    `serve.open_engine`.
     The adapters that were named are loaded first: LoricaError, with all that cannot be.
     """
     model, tok = models.load(thing.base, progress=progress, **how)
     about = models.describe(model)
-    layers = Layers(model)
+    layers = Layers(model, deterministic)
     each = kv_bytes(model.config.get_text_config(), model.dtype.itemsize)
     engine_settings = EngineSettings(requests=size.running, kv_tokens=size.kv_memory // each)
     store = Store(
@@ -132,7 +134,7 @@ def opened(
         template=formats.chat_template,
     )
     with contextlib.closing(store):
-        engine, note = open_engine(model, layers, engine_settings, stop_ids(model, tok))
+        engine, note = open_engine(model, layers, engine_settings, stop_ids(model, tok), deterministic)
         try:
             _load(store, thing.adapters)
             # What runs at once has to fit in memory at once, else adapters in use keep others waiting for room.
