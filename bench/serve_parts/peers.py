@@ -1,7 +1,7 @@
 """The engine beside transformers' own ways, and PEFT's mixed batch, on the same prompts.
 
 PEFT's batch is met in three ways: sixteen requests of one length, which suits it best, with its own default targets
-(q and v) and with all linear layers; and 64 requests of many lengths, which it takes sixteen at a time, padded, each
+(q and v) and with all linear layers; and 32 requests of many lengths, which it takes sixteen at a time, padded, each
 batch until its longest answer is there. Tokens that were asked for count, on both sides.
 """
 
@@ -19,7 +19,7 @@ import lorica
 from serve_parts.served import Served, adapters_in, made, prompts, uneven
 from serve_parts.timing import in_turn, medians, rates, timed
 
-BATCH, UNEVEN = 16, 64  # requests at a time, and of many lengths
+BATCH, UNEVEN = 16, 32  # requests at a time, and of many lengths
 
 
 def run(options: Any) -> dict[str, Any]:
