@@ -1,20 +1,26 @@
-"""What adapters cost a decoding step of 16 requests: the base, merged, one adapter, sixteen of one rank and of many."""
+"""What adapters cost a decoding step of 16 requests: the base, merged, one adapter, sixteen of one rank and of many.
+
+Each run stands between two of the base, and the base itself does as well, which shows how far a ratio scatters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+import sys
 from typing import Any
+
+from measure import summary
 
 import lorica
 from serve_parts.served import Served, adapters_in, mixtures, prompts
-from serve_parts.timing import in_turn, medians, rates
+from serve_parts.timing import beside
 
 
 def run(options: Any) -> dict[str, Any]:
     """Ratio of each mixture's steps to the base's."""
     with adapters_in(options) as folder:
         model, _ = lorica.load(options.model, dtype="fp32")
-        plan: dict[str, list[Any]] = {"base": [None] * 16} | mixtures(model, folder)
+        plan: dict[str, list[Any]] = {name: [None] * 16 for name in ("base", "merged")} | mixtures(model, folder)
         adapter = lorica.Adapter.load(folder / "all-linear-r8-0")
         del model
         served = Served(options, folder)
@@ -33,14 +39,17 @@ def run(options: Any) -> dict[str, Any]:
                     served.model.get_parameter(name).data = value
             return gaps
 
-        calls: dict[str, Callable[[], Any]] = {
-            name: lambda names=names: served.run(list(zip(names, ids, strict=True)), options.answer)[1]
-            for name, names in plan.items()
-        }
-        calls = {"base": calls.pop("base"), "merged": merged, **calls}
-        only = options.only.split(",") if options.only else calls
-        found = in_turn({name: calls[name] for name in calls if name in only}, options.repeats)
+        def gap(name: str) -> float:
+            """Median seconds between two tokens of one run."""
+            jobs = list(zip(plan[name], ids, strict=True))
+            return statistics.median(merged() if name == "merged" else served.run(jobs, options.answer)[1])
+
+        results: dict[str, Any] = {}
+        ratios: dict[str, float] = {}
+        for name in options.only.split(",") if options.only else plan:
+            ratio, base, took = beside(lambda: gap("base"), lambda name=name: gap(name), options.repeats)
+            ratios[f"{name} / base"] = ratio
+            results[name] = summary(16 / each for each in took)
+            print(f"{name:22} {ratio:.3f}   base {1000 * statistics.median(base):.0f} ms", file=sys.stderr, flush=True)
         served.close()
-    took = medians(found)
-    ratios = {f"{name} / base": seconds / took["base"] for name, seconds in took.items() if name != "base"}
-    return {"results": rates(found, 16), "ratios": ratios, "settings": {"prompts": digest}}
+    return {"results": results, "ratios": ratios, "settings": {"prompts": digest}}

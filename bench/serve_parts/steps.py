@@ -1,11 +1,7 @@
-"""What the adapters' products cost: forward passes of 16 tokens without a past, each between two of the base's.
-
-Paired like this they bear a machine that others use.
-"""
+"""What the adapters' products cost: forward passes of 16 tokens without a past, each between two of the base's."""
 
 from __future__ import annotations
 
-import statistics
 import sys
 from typing import Any
 
@@ -15,7 +11,7 @@ from measure import summary
 import lorica
 from lorica.serve.rows import Layers
 from serve_parts.served import adapters_in, mixtures
-from serve_parts.timing import timed
+from serve_parts.timing import beside, timed
 
 
 def run(options: Any) -> dict[str, Any]:
@@ -37,11 +33,9 @@ def run(options: Any) -> dict[str, Any]:
             for name, names in plans.items():
                 loaded = {each: layers.read(folder / each) for each in set(names)}
                 work = layers.plan([(loaded[each], 1) for each in names]).work
-                step(base), step(work)
-                took = [(step(base), step(work), step(base)) for _ in range(5 * options.repeats)]
+                ratio, _, took = beside(lambda: step(base), lambda work=work: step(work), 5 * options.repeats)
                 layers.idle()
-                ratio = statistics.median(2 * b / (a + c) for a, b, c in took)
                 ratios[f"{name} / base, products"] = ratio
-                results[f"step, {name}"] = summary(16 / b for _, b, _ in took)
+                results[f"step, {name}"] = summary(16 / each for each in took)
                 print(f"{name:22} {ratio:.3f}", file=sys.stderr, flush=True)
     return {"results": results, "ratios": ratios}

@@ -41,6 +41,19 @@ def in_turn(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list
     return found
 
 
+def beside(
+    base: Callable[[], float], other: Callable[[], float], repeats: int
+) -> tuple[float, list[float], list[float]]:
+    """Each call of one between two of another, so that they bear a machine that others use.
+
+    The median of the ratios, and the seconds of the base and of the other; each is called once before, to warm up.
+    """
+    base(), other()
+    took = [(base(), other(), base()) for _ in range(repeats)]
+    ratio = statistics.median(2 * each / (before + after) for before, each, after in took)
+    return ratio, [each for before, _, after in took for each in (before, after)], [each for _, each, _ in took]
+
+
 def rates(found: dict[str, list[float]], amount: float) -> dict[str, Any]:
     """A row for each: `amount` per second."""
     return {name: summary(amount / seconds for seconds in each) for name, each in found.items()}
