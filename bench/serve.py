@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--only", help="contenders of part mixes, with commas between; default all")
+    parser.add_argument("--only", help="contenders of parts mixes and peers, with commas between; default all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=64, help="tokens, of parts mixes and peers")
     parser.add_argument("--answer", type=int, default=32, help="tokens, of parts mixes and peers")

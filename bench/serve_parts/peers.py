@@ -7,6 +7,7 @@ batch until its longest answer is there. Tokens that were asked for count, on bo
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lorica
 from serve_parts.served import Served, adapters_in, made, prompts, uneven
-from serve_parts.timing import in_turn, medians, rates, timed
+from serve_parts.timing import in_turn, rates, timed
 
 BATCH, UNEVEN = 16, 32  # requests at a time, and of many lengths
 
@@ -74,14 +75,19 @@ def run(options: Any) -> dict[str, Any]:
             "peft mixed batch, many lengths": lambda: timed(in_batches),
         }
         with torch.no_grad():
-            found = in_turn(calls, options.repeats)
+            wanted = options.only.split(",") if options.only else calls
+            found = in_turn({name: calls[name] for name in calls if name in wanted}, options.repeats)
         served.close()
-    took = medians(found)
     pairs = [("lorica", "transformers continuous batching"), ("lorica", "batched generate")]
     pairs.append(("lorica 16 r8 qv", "peft mixed batch"))
     pairs.append(("lorica 16 r8 all-linear", "peft mixed batch, all-linear"))
     pairs.append(("lorica, many lengths", "peft mixed batch, many lengths"))
-    ratios = {f"{ours} / {theirs}": took[theirs] / took[ours] for ours, theirs in pairs}
+    # By turn, since neighbours share a moment of the machine.
+    ratios = {
+        f"{ours} / {theirs}": statistics.median(b / a for a, b in zip(found[ours], found[theirs], strict=True))
+        for ours, theirs in pairs
+        if ours in found and theirs in found
+    }
     even = {name: each for name, each in found.items() if "lengths" not in name}
     rows = rates(even, BATCH * options.answer)
     rows |= rates({name: found[name] for name in found if name not in even}, sum(answers))

@@ -63,6 +63,22 @@ def test_the_masked_pair_is_captured_in_a_graph_and_follows_its_inputs():
         assert close(out, wanted, 1e-3)
 
 
+@pytest.mark.gpu
+def test_an_adapter_comes_to_the_device_while_a_step_is_running_there():
+    adapter = Adapter.of(merged()["dora"])
+    layers, wanted = Layers(base().cuda()), Layers(base()).rows(adapter)
+    layers.rows(adapter)  # once before, since new memory waits for the device
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1 << 31)  # about a second on the stream of the steps
+    step = torch.cuda.Event()
+    step.record()
+    rows = layers.rows(adapter)
+    assert not step.query()
+    found = [each.cpu() for each in (*rows.downs.values(), *(up.B for up in rows.ups.values()))]
+    for ours, theirs in zip(found, (*wanted.downs.values(), *(up.B for up in wanted.ups.values())), strict=True):
+        assert close(ours, theirs)
+
+
 @pytest.fixture(scope="module")
 def layers():
     return Layers(base())

@@ -6,6 +6,8 @@ leases.py     one load of one adapter, and the right to use it
 names.py      what a name stands for: an adapter's files and generations, or another name
 places.py     where adapters lie, and what may be read
 rows.py       the adapters' products at every layer for the token rows of one step
+reading.py    an adapter as those layers take it, or why it cannot be
+staging.py    from host memory to the device, beside the steps
 requests.py   requests from submit to end, whatever loop runs them
 bridge.py     the seam to transformers' continuous batching
 recorded.py   its steps as CUDA graphs
@@ -28,7 +30,7 @@ for item in engine.submit(ids, Sampling(max_tokens=64), store.lease("sql")): ...
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -52,32 +54,44 @@ def open_engine(
         ends: ids that end a text, such as the tokenizer's and the generation config's.
         deterministic: compute every request by itself, so that nothing else is in its bits; the slower engine does.
     """
-    import transformers
-
     from lorica.serve import check
     from lorica.serve.plain import Plain
 
     model.eval()
     own = check.model_is_its_own(model, [1, 2, 3])
-    reason = ""
-    try:
-        if deterministic:
-            raise RuntimeError("every request is computed by itself (--deterministic)")
-        from lorica.serve.bridge import MINOR, Bridge
-
-        if not transformers.__version__.startswith(f"{MINOR}."):
-            raise RuntimeError(f"it was tested with transformers {MINOR}, this is {transformers.__version__}")
-        check.adapters_are_exact(Bridge, model.device)  # type: ignore[arg-type]
-        engine: Engine = Bridge(model, layers, settings, ends)
-        engine.start()
+    reason = "every request is computed by itself, without batches (--deterministic)"
+    if not deterministic:
         try:
-            own(engine)
-        except BaseException:
-            engine.stop()
-            raise
-    except Exception as fault:  # whatever a changed library throws, there is another way
-        reason = f"continuous batching is not used: {fault}"
-        engine = Plain(model, layers, settings, ends)
-        engine.start()
-        own(engine)
+            return _batching(model, layers, settings, ends, own), ""
+        except Exception as fault:  # whatever a changed library throws, there is another way
+            reason = f"continuous batching is not used: {fault}"
+    engine = Plain(model, layers, settings, ends)
+    engine.start()
+    own(engine)
     return engine, reason
+
+
+def _batching(
+    model: nn.Module,
+    layers: Layers,
+    settings: EngineSettings | None,
+    ends: Sequence[int],
+    own: Callable[[Engine], None],
+) -> Engine:
+    """The bridge, started and checked."""
+    import transformers
+
+    from lorica.serve import check
+    from lorica.serve.bridge import MINOR, Bridge
+
+    if not transformers.__version__.startswith(f"{MINOR}."):
+        raise RuntimeError(f"it was tested with transformers {MINOR}, this is {transformers.__version__}")
+    check.adapters_are_exact(Bridge, model.device)  # type: ignore[arg-type]
+    engine = Bridge(model, layers, settings, ends)
+    engine.start()
+    try:
+        own(engine)
+    except BaseException:
+        engine.stop()
+        raise
+    return engine

@@ -25,11 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorica import dora, methods, weights
+from lorica import dora, weights
 from lorica.adapter import Adapter
-from lorica.errors import LoricaError, all_faults
+from lorica.errors import LoricaError
 from lorica.kernels import few, mixed
-from lorica.serve.stack import Rows, Stack, Up
+from lorica.serve import reading
+from lorica.serve.stack import Rows, Stack
+from lorica.serve.staging import loading
 from lorica.targets import candidates
 
 _FEW = 64  # tokens of adapters in a step that mostly decodes
@@ -93,7 +95,7 @@ class Layers:
         self.model, self.deterministic = model, deterministic
         fitting = {path: module for path, module in candidates(model).items() if _fits(module)}
         self.layers = [_Layer(path, module, index) for index, (path, module) in enumerate(fitting.items())]
-        self._by_path = {layer.path: layer for layer in self.layers}
+        self.by_path = {layer.path: layer for layer in self.layers}
         head = getattr(model, "get_output_embeddings", lambda: None)()
         self.head = next((layer.index for layer in self.layers if layer.module is head), None)
         self.work: list[Any] = [None] * len(self.layers)
@@ -101,7 +103,7 @@ class Layers:
         self.tokens: Counter[Rows | None] | None = None  # of each adapter, where somebody counts them
         self.merged: Rows | None = None
         self._minus: Rows | None = None
-        self._weights = threading.Lock()
+        self.lock = threading.Lock()  # of which weights are in place
         self._stacks: dict[tuple, Stack] = {}
         self._last: tuple[Any, Plan] | None = None
         self._join()
@@ -126,7 +128,7 @@ class Layers:
                 layer.group = earlier.group
         self._called = {layer.index: turn for turn, (_, layer) in enumerate(seen)}
         partly = {layer.index for x, layer in seen if x.numel() != 5 * layer.into}
-        self._whole = set(self._called) - partly
+        self.whole = set(self._called) - partly
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -227,7 +229,7 @@ class Layers:
         Between two steps only; see `dominant`.
         """
         self.idle()
-        with self._weights:
+        with self.lock:
             for index, weight in changed.items():
                 parameter: Any = self.layers[index].module.weight
                 self.layers[index].own, parameter.data = parameter.data, weight
@@ -236,7 +238,7 @@ class Layers:
     def unmerge(self) -> None:
         """Put the base's own weights back."""
         self.idle()
-        with self._weights:
+        with self.lock:
             for layer in self.layers:
                 if layer.own is not None:
                     parameter: Any = layer.module.weight
@@ -337,57 +339,10 @@ class Layers:
         return self.rows(Adapter.load(folder))
 
     def rows(self, adapter: Adapter) -> Rows:
-        """An adapter as the layers take it."""
-        if reason := methods.alone(adapter.method):
-            raise LoricaError(f"{reason}; generate and chat take it by itself")
-        tensors = dict(adapter.tensors)
-        found: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        gains: dict[int, Tensor] = {}
-        faults = []
-        for target in adapter.targets:
-            layer, part = self._by_path.get(target.path), target.part or "lora"
-            A, B, m = (tensors.pop(f"{target.path}#{part}.{name}", None) for name in "ABm")
-            if layer is None or A is None or B is None:
-                faults.append(f"{target}: no linear layer of this model, so it is served merged only")
-                continue
-            if layer.index not in self._whole:
-                faults.append(f"{target}: it does not see every token, as an expert, so it is served merged only")
-                continue
-            rows = target.rows or (0, layer.out)
-            if A.shape[-1] != layer.into or B.shape[0] != rows[1] - rows[0] or rows[1] > layer.out:
-                faults.append(f"{target}: A {tuple(A.shape)}, B {tuple(B.shape)}; layer ({layer.out}, {layer.into})")
-                continue
-            scale = adapter.method.scale_of(target.key)
-            whole = B.new_zeros(A.shape[0], layer.out)
-            whole[:, rows[0] : rows[1]] = B.T * scale
-            if m is not None:
-                with self._weights:
-                    gains[layer.index] = gain = layer.gain(A, B, m, scale)
-                whole *= gain
-            found.setdefault(layer.index, []).append((A, whole))
-        faults += [f"{key}: trained beside the low-rank updates, so it is served merged only" for key in tensors]
-        if faults or not found:
-            raise all_faults("this adapter cannot be mixed with others on this base:", faults or ["it has no targets"])
-        return self._made(found, gains)
-
-    def _made(self, found: dict[int, list[tuple[Tensor, Tensor]]], gains: dict[int, Tensor]) -> Rows:
-        stacks: dict[int, list[Tensor]] = {}
-        ups: dict[int, Up] = {}
-        for index in sorted(found):
-            layer = self.layers[index]
-            like = next(layer.module.parameters())
-            to: Any = {"device": like.device, "dtype": like.dtype if like.is_floating_point() else self.model.dtype}
-            A = torch.cat([A for A, _ in found[index]]).to(**to)
-            B = torch.cat([B for _, B in found[index]]).to(**to).contiguous()
-            above = stacks.setdefault(layer.group.index, [])
-            lo = sum(each.shape[0] for each in above)
-            above.append(A)
-            ups[index] = Up(lo, lo + A.shape[0], B, gains[index].to(**to) if index in gains else None)
-        downs = {group: torch.cat(each).contiguous() for group, each in stacks.items()}
-        kept = [*downs.values(), *(up.B for up in ups.values()), *(up.gain for up in ups.values())]
-        shape = tuple((index, up.hi - up.lo, up.gain is not None) for index, up in ups.items())
-        nbytes = sum(tensor.nbytes for tensor in kept if tensor is not None)
-        return Rows(downs, ups, shape, max(r for _, r, _ in shape), nbytes)
+        """An adapter as the layers take it; may run beside the steps."""
+        device: Any = self.model.device
+        with loading(device):
+            return reading.rows(self, adapter)
 
 
 def _cut(tensor: Tensor, start: int, stop: int) -> Tensor:
