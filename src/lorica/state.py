@@ -175,9 +175,16 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def live(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters in the base's places at the moment, displaced or not; tied ones repeat."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if f".{CHILD}." not in f".{name}":
-            yield name, parameter
+    return _live(model, "")
+
+
+def _live(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield prefix + name, parameter
+    for name, child in module._modules.items():
+        if child is not None and name != CHILD:  # patches are most of a patched model's modules
+            yield from _live(child, f"{prefix}{name}.")
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
