@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lorica
+from lorica.evaluate.generation import left_padded
 from serve_parts.served import Served, adapters_in, made, prompts, uneven
 from serve_parts.timing import in_turn, rates, timed
 
@@ -43,13 +44,11 @@ def run(options: Any) -> dict[str, Any]:
             assert all(len(each.generated_tokens) == options.answer for each in found.values())
 
         def generated(of: Any, ids: list[list[int]], answer: int, **more: Any) -> None:
-            longest = max(map(len, ids))
-            padded = torch.tensor([[0] * (longest - len(each)) + each for each in ids])
-            mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in ids])
+            inputs = left_padded(ids, 0, of.device)
             count = {"max_new_tokens": answer, "min_new_tokens": answer, "do_sample": False}
             quiet = GenerationConfig(**count, eos_token_id=-1, pad_token_id=0)
-            found = of.generate(input_ids=padded, attention_mask=mask, generation_config=quiet, **more)
-            assert found.shape[1] == longest + answer
+            found = of.generate(**inputs, generation_config=quiet, **more)
+            assert found.shape[1] == inputs["input_ids"].shape[1] + answer
 
         def ours(targets: str) -> float:
             return served.run(list(zip(names[targets], ids, strict=True)), options.answer)[0]
@@ -88,9 +87,9 @@ def run(options: Any) -> dict[str, Any]:
         for ours, theirs in pairs
         if ours in found and theirs in found
     }
-    even = {name: each for name, each in found.items() if "lengths" not in name}
-    rows = rates(even, BATCH * options.answer)
-    rows |= rates({name: found[name] for name in found if name not in even}, sum(answers))
+    rows: dict[str, Any] = {}
+    for name, each in found.items():
+        rows |= rates({name: each}, sum(answers) if "many lengths" in name else BATCH * options.answer)
     return {"results": rows, "ratios": ratios, "settings": {"prompts": digest, "prompts of many lengths": other}}
 
 

@@ -179,8 +179,8 @@ def _fold(
         layers[path] = layer, weights.storage_of(layer)
         by_matrix.setdefault((path, layers[path][1].parameter(part)), []).append(patch)
     may_be = dict.fromkeys(key.rpartition(".")[0] for key, each in placed if weights.format_of(each) in weights.PACKED)
-    packed = [path for path in may_be if (kind := weights.storage(model.get_submodule(path))) and kind.packed]
-    layers |= {path: (layer := model.get_submodule(path), weights.storage_of(layer)) for path in packed}
+    packed = [path for path in may_be if (kind := weights.storage(module_at(model, path))) and kind.packed]
+    layers |= {path: (layer := module_at(model, path), weights.storage_of(layer)) for path in packed}
     folded: dict[str, nn.Parameter] = {}
     grown, sums = 0, Sums()
     for path, own in dict.fromkeys([*by_matrix, *((path, "weight") for path in packed)]):

@@ -389,7 +389,7 @@ def test_a_deterministic_engine_gives_the_same_bits_whatever_else_is_asked(root,
     model = base()
     layers = Layers(model, deterministic=True)
     store = Store(layers.read, root)
-    engine, note = open_engine(model, layers, SMALL, deterministic=True)
+    engine, note = open_engine(model, layers, SMALL)
 
     def ask(name, place, **sampling):
         lease = store.lease(name) if name else None

@@ -57,7 +57,7 @@ def generate(
         for room, alike in itertools.groupby(order, key=rooms.__getitem__):
             model.generation_config = _config(model, tok, room, temperature)
             for places in _cut(list(alike), batch):
-                inputs = _left_padded([prompts[place] for place in places], pad, device)
+                inputs = left_padded([prompts[place] for place in places], pad, device)
                 ids = model.generate(**inputs)
                 for place, row in zip(places, ids[:, inputs["input_ids"].shape[1] :], strict=True):
                     answers[place] = _text(tok, list(_before(row.tolist(), stops)))
@@ -85,7 +85,7 @@ def stream(
         try:
             with torch.no_grad(), _ready(model, seed) as device:
                 model.generation_config = _config(model, tok, room, temperature)
-                inputs = _left_padded([ids], pad, device)
+                inputs = left_padded([ids], pad, device)
                 rules = [lambda ids, scores: torch.full(ids.shape[:1], stopped.is_set(), device=ids.device)]
                 model.generate(**inputs, streamer=tokens, stopping_criteria=rules)
         except BaseException as fault:
@@ -202,7 +202,8 @@ def _cut(places: list[int], size: int) -> Iterator[list[int]]:
     return (places[start : start + size] for start in range(0, len(places), size))
 
 
-def _left_padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+def left_padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Prompts as the inputs of a model that continues them: `input_ids` and `attention_mask` ``[prompts, longest]``."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])

@@ -32,7 +32,7 @@ def most(W: Tensor) -> int:
 
 @functools.cache
 def _most(threads: int) -> int:
-    """Measured once for a number of threads, on matrices that are not in a core's cache: about 0.2 s."""
+    """Measured once for a number of threads, on matrices that are not in a core's cache: 0.1 to 0.5 s."""
     matrices = [torch.randn(1024, 768) for _ in range(8)]
     return next((rows for rows in (64, 32, 16, 8, 4) if _faster(torch.randn(rows, 768), matrices)), 0)
 

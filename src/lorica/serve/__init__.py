@@ -41,18 +41,14 @@ if TYPE_CHECKING:
 
 
 def open_engine(
-    model: nn.Module,
-    layers: Layers,
-    settings: EngineSettings | None = None,
-    ends: Sequence[int] = (),
-    deterministic: bool = False,
+    model: nn.Module, layers: Layers, settings: EngineSettings | None = None, ends: Sequence[int] = ()
 ) -> tuple[Engine, str]:
     """The best engine that can serve a model exactly, started and checked; and why it is the slower one, if it is.
 
     Args:
-        layers: of this model, which the store's payloads come from (`Layers.read`).
+        layers: of this model, which the store's payloads come from (`Layers.read`). Where they are `deterministic`,
+            every request is computed by itself, so that nothing else is in its bits; the slower engine does that.
         ends: ids that end a text, such as the tokenizer's and the generation config's.
-        deterministic: compute every request by itself, so that nothing else is in its bits; the slower engine does.
     """
     from lorica.serve import check
     from lorica.serve.plain import Plain
@@ -60,7 +56,7 @@ def open_engine(
     model.eval()
     own = check.model_is_its_own(model, [1, 2, 3])
     reason = "every request is computed by itself, without batches (--deterministic)"
-    if not deterministic:
+    if not layers.deterministic:
         try:
             return _batching(model, layers, settings, ends, own), ""
         except Exception as fault:  # whatever a changed library throws, there is another way

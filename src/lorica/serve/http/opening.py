@@ -134,7 +134,7 @@ def opened(
         template=formats.chat_template,
     )
     with contextlib.closing(store):
-        engine, note = open_engine(model, layers, engine_settings, stop_ids(model, tok), deterministic)
+        engine, note = open_engine(model, layers, engine_settings, stop_ids(model, tok))
         try:
             _load(store, thing.adapters)
             # What runs at once has to fit in memory at once, else adapters in use keep others waiting for room.
