@@ -241,8 +241,8 @@ def test_sums_of_weights_and_updates_are_rounded_once_whatever_memory_they_go_th
 @given(seed=seeds, rows=st.integers(1, 9), biased=st.booleans(), strided=st.booleans())
 def test_a_few_rows_times_a_matrix_are_a_linear_layer(seed, rows, biased, strided):
     draw = Draw(seed)
-    x, W, b = draw(rows, 1, 7), draw(5, 7), draw(5) if biased else None
-    x = x.transpose(0, 1) if strided else x
+    x, W, b = draw(rows, 7), draw(5, 7), draw(5) if biased else None
+    x = draw(7, rows).T if strided else x
     found, wanted = few.linear(x, W, b), F.linear(x, W, b)
     assert found.shape == wanted.shape and found.is_contiguous()
     assert torch.allclose(found, wanted, rtol=1e-12)

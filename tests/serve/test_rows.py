@@ -10,7 +10,9 @@ from laws import close
 from lorica import Adapter, LoRA
 from lorica.errors import LoricaError
 from lorica.kernels import few, mixed
+from lorica.serve.ragged import Bags, Ragged
 from lorica.serve.rows import Layers
+from lorica.serve.stack import Rows, Up
 from serving import base, merged, prompt
 from tiny import stir
 
@@ -42,6 +44,41 @@ def test_stacked_products_give_what_each_token_alone_gives():
     A, B = torch.stack([A for A, _ in made]), torch.stack([B for _, B in made])
     mixed.stacked_up(y, mixed.stacked_down(x, A), B)
     assert close(y, wanted)
+
+
+@pytest.mark.parametrize("ranks", [[2, 5, 64, 8], [8, 16], [1, 1, 3, 9, 2]])
+def test_ragged_products_give_what_each_token_alone_gives(ranks):
+    """As `Ragged` places them, of two layers that read one input; some rows lie empty between adapters."""
+    x, y = inputs(len(ranks))
+    made = [factors(ranks), [(A.flip(1), B.flip(0)) for A, B in factors(ranks)]]
+    wanted = [mixed.reference(y, x, range(len(ranks)), *zip(*layer, strict=True)) for layer in made]
+    rows = [
+        Rows({0: torch.cat([A0, A1])}, {3: Up(0, len(A0), B0), 4: Up(len(A0), 2 * len(A0), B1)}, (), len(A0), 0)
+        for (A0, B0), (A1, B1) in zip(*made, strict=True)
+    ]
+    ragged = Ragged({3: 0, 4: 0})
+    for some in (rows, rows[1:], rows[:1] + rows[2:], rows[::-1]):
+        there = [rows.index(each) for each in ragged.place(some)]
+        s = ragged.downs[0].of(x[there])
+        for layer, index in enumerate((3, 4)):
+            out = y[there]
+            ragged.ups[index].onto(out, s, None)
+            assert close(out, wanted[layer][there])
+
+
+def test_adapters_of_many_ranks_stay_where_they_are_until_too_much_lies_empty():
+    def rows(r):
+        return Rows({0: torch.randn(r, 24)}, {0: Up(0, r, torch.randn(r, 40))}, (), r, 0)
+
+    ragged = Ragged({0: 0})
+    small, middle, large = rows(8), rows(32), rows(64)
+    ragged.place([small, middle, large])
+    A, kept = ragged.downs[0].A, ragged.downs[0].A.clone()
+    ragged.place([large, middle])  # one piece of thirteen is empty
+    assert ragged.downs[0].A.shape == A.shape and torch.equal(ragged.downs[0].A, kept)
+    ragged.place([large])  # five of thirteen: moved to the front
+    assert len(ragged.downs[0].A) == 8 and torch.equal(ragged.downs[0].A.view(64, 24), large.downs[0])
+    assert ragged.downs[0].A.data_ptr() == A.data_ptr()  # in the same memory
 
 
 @pytest.mark.gpu
@@ -98,8 +135,9 @@ def rows_of(layers, names):
         [("head", 1), ("qv", 1), (None, 1), ("r64", 1), ("qv2", 1), ("patterns", 1), ("rslora", 9)],
         [("dora", 1), ("qv", 1), (None, 1), ("dora2", 1), ("qv2", 1)],
         [("qv", 2), ("dora", 3), (None, 1)],
+        [("rslora", 1), ("qv", 1), ("r2", 1), (None, 1), ("qv2", 1), ("dora", 1), ("patterns", 1)],
     ],
-    ids=["one", "stacked", "prefill and decode", "every kind", "magnitudes stacked", "magnitudes"],
+    ids=["one", "stacked", "prefill and decode", "every kind", "magnitudes stacked", "magnitudes", "ragged"],
 )
 def test_a_mixed_forward_gives_what_each_part_alone_gives_on_merged_weights(layers, parts, way, monkeypatch):
     monkeypatch.setattr(layers, "masked", way == "masked")  # as on a GPU
@@ -122,6 +160,13 @@ def test_a_mixed_forward_gives_what_each_part_alone_gives_on_merged_weights(laye
             wanted = merged()[name](input_ids=torch.tensor(ids)[:, None]).logits[:, 0]
         assert close(logits[start : start + count], wanted, 3e-5), name
         start += count
+
+
+def test_tokens_of_two_ranks_at_the_same_layers_lie_ragged_and_those_of_one_rank_stacked(layers):
+    made = rows_of(layers, ["r2", "rslora", "qv", "qv2"])
+    work = layers.plan([(rows, 1) for rows in made.values()]).work
+    _, ups, _ = next(each for each in work if each and len(each[1]) == 2)  # q or v
+    assert [(type(up), start, stop) for _, start, stop, up in ups] == [(Bags, 0, 2), (Up, 2, 4)]
 
 
 def test_slots_stay_full_and_right_while_adapters_come_and_go(layers):

@@ -17,11 +17,11 @@ from lorica.kernels.trial import pays
 
 
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` for x ``[..., in]`` and W ``[out, in]``."""
-    y = torch.mm(W, x.reshape(-1, x.shape[-1]).T).T.contiguous()
+    """``x W^T + b`` for x ``[n, in]`` and W ``[out, in]``."""
+    y = torch.mm(W, x.T).T.contiguous()
     if bias is not None:
         y += bias
-    return y.view(*x.shape[:-1], -1)
+    return y
 
 
 def most(W: Tensor) -> int:

@@ -1,9 +1,11 @@
 """Many adapters in one batch, without gradients: ``y_t += s_a B_a A_a x_t`` where token t belongs to adapter a.
 
-Three ways for three shapes of a batch, each exact: an adapter takes its own rank, nothing is padded.
+Four ways for four shapes of a batch, each exact: an adapter takes its own rank, nothing is padded to another's.
 
     segment   neighbouring tokens of one adapter: two products on slices, in place (prefill, one popular adapter)
     stacked   one token for each of several adapters of one shape: two batched products (decode)
+    ragged    one token for each of several adapters of any ranks: rows in pieces of two for the first product, which is
+              batched; for the second, a token's rows are a weighted bag, as of an embedding. As many calls as stacked
     masked    any mix at once: all adapters' rows on top of each other, two plain products with a mask between them;
               more arithmetic, but always the same three calls, as a GPU wants it and a CUDA graph can hold
 
@@ -15,7 +17,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+PIECE = 8  # rows; where a rank is no multiple of it, the last piece of A has some that nobody reads
+_FEW = 64
 
 
 def reference(y: Tensor, x: Tensor, owners: Sequence[int], A: Sequence[Tensor], B: Sequence[Tensor]) -> Tensor:
@@ -24,8 +30,13 @@ def reference(y: Tensor, x: Tensor, owners: Sequence[int], A: Sequence[Tensor], 
     return torch.stack(rows)
 
 
-def segment(y: Tensor, s: Tensor, B: Tensor) -> None:
-    """``y += s B`` in place for ``s = x A^T [n, r]``, y a slice of the output."""
+def segment_down(x: Tensor, A: Tensor) -> Tensor:
+    """``s = x A^T [n, r]`` for ``x [n, in]``; a few rows by ``A x^T``, as in `kernels.few`."""
+    return torch.mm(A, x.T).T if x.is_cpu and 1 < len(x) <= _FEW else F.linear(x, A)
+
+
+def segment_up(y: Tensor, s: Tensor, B: Tensor) -> None:
+    """``y += s B`` in place for ``s [n, r]``, y a slice of the output."""
     y.addmm_(s, B)
 
 
@@ -46,6 +57,22 @@ def stacked_down(x: Tensor, A: Tensor) -> Tensor:
 def stacked_up(y: Tensor, s: Tensor, B: Tensor) -> None:
     """``y += s B`` in place for ``y [n, out]``, ``s [n, 1, r]`` and one B per token, ``[n, r, out]``."""
     y.unsqueeze(1).baddbmm_(s, B)
+
+
+def ragged_down(x: Tensor, A: Tensor, owners: Tensor, rows: Tensor) -> Tensor:
+    """``s [L, R]`` of the L layers that read ``x [n, in]``, for ``A [P, L * PIECE, in]``, pieces of all their rows.
+
+    ``owners [P]`` has the token of each piece, ``rows [L, R]`` which of all ``P * L * PIECE`` rows are wanted.
+    """
+    return torch.bmm(x.index_select(0, owners).unsqueeze(1), A.transpose(1, 2)).take(rows)
+
+
+def ragged_up(y: Tensor, s: Tensor, B: Tensor, rows: Tensor, starts: Tensor) -> None:
+    """``y_t += sum s_i B_rows[i]`` in place, over the i of a token, which begin at ``starts [n]``.
+
+    ``s`` and ``rows`` ``[R]``, ``B [.., out]``.
+    """
+    y.add_(torch.embedding_bag(B, rows, starts, False, 0, False, s)[0])  # 0: the sum
 
 
 def masked(y: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> None:

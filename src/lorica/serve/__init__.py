@@ -6,7 +6,9 @@ leases.py     one load of one adapter, and the right to use it
 names.py      what a name stands for: an adapter's files and generations, or another name
 places.py     where adapters lie, and what may be read
 rows.py       the adapters' products at every layer for the token rows of one step
-reading.py    an adapter as those layers take it, or why it cannot be
+stack.py      an adapter as they take it, and several of one shape
+ragged.py     several of many ranks
+reading.py    an adapter's files made that, or why they cannot be
 staging.py    from host memory to the device, beside the steps
 requests.py   requests from submit to end, whatever loop runs them
 bridge.py     the seam to transformers' continuous batching

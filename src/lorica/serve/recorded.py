@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorica.serve import attention
 from lorica.serve.rows import Layers, Part
-from lorica.serve.stack import Rows, Up
+from lorica.serve.stack import Down, Rows, Up, first_fit
 
 _KEYS = 256  # the keys of a request are rounded up to a power of two, from here on
 _RANKS = 16  # and the rows of all adapters
@@ -132,16 +132,12 @@ class Room:
             last = self.layers.last(each)
             for place, index in enumerate(each):
                 up = Up(place * self.size, (place + 1) * self.size, self.B[index])
-                work[index] = ([(0, tokens, self.A[group], others)], [(0, 0, tokens, up)], index == last)
+                work[index] = ([(0, tokens, Down(self.A[group], others))], [(0, 0, tokens, up)], index == last)
         return work
 
     def _free(self, count: int) -> int | None:
         """The first so many free rows."""
-        start = 0
-        for at, rank in sorted((at, rows.rank) for rows, at in self.places.items()):
-            if at - start >= count:
-                break
-            start = at + rank
+        start = first_fit(((at, rows.rank) for rows, at in self.places.items()), count)
         return start if start + count <= self.size else None
 
     def _write(self, rows: Rows, start: int) -> None:

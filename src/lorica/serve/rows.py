@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorica import dora, weights
@@ -30,11 +29,13 @@ from lorica.adapter import Adapter
 from lorica.errors import LoricaError
 from lorica.kernels import few, mixed
 from lorica.serve import reading
-from lorica.serve.stack import Rows, Stack
+from lorica.serve.ragged import Ragged
+from lorica.serve.stack import Down, Rows, Stack
 from lorica.serve.staging import loading
 from lorica.targets import candidates
 
 _FEW = 64  # tokens of adapters in a step that mostly decodes
+Side = Stack | Ragged
 Part = tuple[Rows | None, int]  # an adapter, None for the base, and how many token rows it has
 
 
@@ -100,11 +101,12 @@ class Layers:
         self.head = next((layer.index for layer in self.layers if layer.module is head), None)
         self.work: list[Any] = [None] * len(self.layers)
         self.masked = bool(self.model.device.type == "cuda")  # few calls count there, arithmetic does not
+        self.ragged = self.model.device.type == "cpu" and self.model.dtype == torch.float32
         self.tokens: Counter[Rows | None] | None = None  # of each adapter, where somebody counts them
         self.merged: Rows | None = None
         self._minus: Rows | None = None
         self.lock = threading.Lock()  # of which weights are in place
-        self._stacks: dict[tuple, Stack] = {}
+        self._sides: dict[tuple, Side] = {}
         self._last: tuple[Any, Plan] | None = None
         self._join()
 
@@ -145,44 +147,34 @@ class Layers:
         module: Any = layer.module
         base, index, group, into, out = type(module).forward, layer.index, layer.group, layer.into, layer.out
         tried = base is nn.Linear.forward and not self.deterministic
-        most = few.most(module.weight) * into if tried else 0
+        most = few.most(module.weight) if tried else 0
 
         def forward(x: Tensor) -> Tensor:
-            direct = into < x.numel() <= most
-            y = few.linear(x, module.weight, module.bias) if direct else base(module, x)
-            work = self.work[index]
+            work, rows = self.work[index], x.reshape(-1, into)
+            if 1 < rows.shape[0] <= most:
+                flat = few.linear(rows, module.weight, module.bias)
+            else:
+                y = base(module, x)
+                if work is None:
+                    return y
+                flat = y.view(-1, out)
             if work is None:
-                return y
-            rows, flat = x.reshape(-1, into), y.view(-1, out)
+                return flat.view(*x.shape[:-1], out)
             if isinstance(work, _Masked):
                 n, A, B, mask, gain = work
                 if gain is not None:
                     mixed.gained(flat[:n], gain, module.bias)
                 mixed.masked(flat[:n], rows[:n], A, B, mask)
-                return y
+                return flat.view(*x.shape[:-1], out)
             downs, ups, last = work
             if group.x is not x:
                 group.x = x
-                group.products = [
-                    mixed.stacked_down(_cut(rows, a, b), A) if A.ndim == 3 else F.linear(_cut(rows, a, b), A)
-                    for a, b, A, _ in downs
-                ]
-                for s, (*_, others) in zip(group.products, downs, strict=True):
-                    if others is not None:
-                        s.view(len(s), -1, others.shape[-1]).masked_fill_(others, 0)
-            for place, a, b, (lo, hi, B, gain) in ups:
-                s, part = group.products[place], _cut(flat, a, b)
-                if gain is not None:
-                    mixed.gained(part, gain, module.bias)
-                if s.shape[-1] != hi - lo:
-                    s = s[..., lo:hi]
-                if B.ndim == 3:
-                    mixed.stacked_up(part, s, B)
-                else:
-                    mixed.segment(part, s, B)
+                group.products = [down.of(_cut(rows, a, b)) for a, b, down in downs]
+            for place, a, b, up in ups:
+                up.onto(_cut(flat, a, b), group.products[place], module.bias)
             if last:
                 group.clear()
-            return y
+            return flat.view(*x.shape[:-1], out)
 
         return forward
 
@@ -245,20 +237,27 @@ class Layers:
                     parameter.data, layer.own = layer.own, None
         self.merged = self._minus = None
 
-    def _runs(self, totals: Counter[Rows]) -> list[tuple[list[Rows], Stack | None]]:
-        """Adapters in the order of their tokens: those of one shape that have one token each in a stack, by slot."""
-        shapes = Counter(rows.shape for rows, total in totals.items() if total == 1)
-        stacks: dict[tuple, list[Rows]] = {}
-        for rows, total in totals.items():
-            if total == 1 and shapes[rows.shape] > 1:
-                stacks.setdefault(rows.shape, []).append(rows)
-        self._stacks = {shape: self._stacks.get(shape) or Stack() for shape in stacks}
-        runs: list[tuple[list[Rows], Stack | None]] = [
-            (self._stacks[shape].place(wanted), self._stacks[shape]) for shape, wanted in stacks.items()
+    def _runs(self, totals: Counter[Rows]) -> list[tuple[list[Rows], Side | None]]:
+        """Adapters in the order of their tokens; those with one token each side by side, if possible."""
+        single = [rows for rows, total in totals.items() if total == 1]
+        ranks: dict[tuple, set[int]] = {}
+        for rows in single:
+            ranks.setdefault(rows.even, set()).add(rows.rank)
+        sides: dict[tuple, list[Rows]] = {}
+        for rows in single:
+            ragged = self.ragged and rows.even and len(ranks[rows.even]) > 1
+            sides.setdefault(rows.even if ragged else rows.shape, []).append(rows)
+        sides = {key: wanted for key, wanted in sides.items() if len(wanted) > 1}
+        self._sides = {key: self._sides.get(key) or self._side(key, wanted[0]) for key, wanted in sides.items()}
+        runs: list[tuple[list[Rows], Side | None]] = [
+            (self._sides[key].place(wanted), self._sides[key]) for key, wanted in sides.items()
         ]
-        stacked = {rows for wanted in stacks.values() for rows in wanted}
-        runs += [([rows], None) for rows in totals if rows not in stacked]
+        placed = {rows for wanted in sides.values() for rows in wanted}
+        runs += [([rows], None) for rows in totals if rows not in placed]
         return runs
+
+    def _side(self, key: tuple, like: Rows) -> Side:
+        return Stack() if key == like.shape else Ragged({layer.index: layer.group.index for layer in self.layers})
 
     def _masked(self, counts: Counter[Rows]) -> list[Any]:
         """By layer, a `_Masked`."""
@@ -284,35 +283,39 @@ class Layers:
             work.append(_Masked(len(owners), A, B, masks[ranks], gain))
         return work
 
-    def _work(self, runs: Sequence[tuple[list[Rows], Stack | None]], counts: Counter[Rows], others: int) -> list[Any]:
+    def _work(self, runs: Sequence[tuple[list[Rows], Side | None]], counts: Counter[Rows], others: int) -> list[Any]:
         """By layer ``(downs, ups, last)``; the first `others` tokens are not of the merged adapter.
 
-        A down is ``(start, stop, A, which rows are not a token's)``, of which the latter is for `recorded`; an up is
-        ``(place in downs, start, stop, Up)``; `last` says that no other layer of the group reads the products.
+        A down is ``(start, stop, first factors)``; an up is ``(place in downs, start, stop, second factor)``; `last`
+        says that no other layer of the group reads the products.
         """
         downs: dict[int, list[Any]] = {}
         ups: dict[int, list[Any]] = {}
         start = 0
 
-        def add(source: Rows | Stack, start: int, stop: int, count: int | None = None) -> None:
+        def add(first: Mapping[int, Any], second: Mapping[int, Any], start: int, stop: int) -> None:
             places = {}
-            for group, A in source.downs.items():
+            for group, down in first.items():
                 places[group] = len(downs.setdefault(group, []))
-                downs[group].append((start, stop, A[:count], None))
-            for layer, up in source.ups.items():
-                place = places[self.layers[layer].group.index]
-                ups.setdefault(layer, []).append((place, start, stop, up if count is None else up.sliced(count)))
+                downs[group].append((start, stop, down))
+            for layer, up in second.items():
+                ups.setdefault(layer, []).append((places[self.layers[layer].group.index], start, stop, up))
+
+        def alone(rows: Rows, start: int, stop: int) -> None:
+            add({group: Down(A) for group, A in rows.downs.items()}, rows.ups, start, stop)
 
         if self._minus and others:
-            add(self._minus, 0, others)  # first, since what DoRA scales is the base's output
-        for run, stack in runs:
-            # A head sees some of a stack's tokens only; then each goes by itself.
-            whole = stack is not None and all(counts[rows] for rows in run)
-            for source in [stack] if whole else run:
-                stop = start + (len(run) if whole else counts[source])  # type: ignore[index]
-                if stop > start:
-                    add(source, start, stop, len(run) if whole else None)  # type: ignore[arg-type]
-                start = stop
+            alone(self._minus, 0, others)  # first, since what DoRA scales is the base's output
+        for run, side in runs:
+            # A head sees some of these tokens only; then each goes by itself.
+            if side is not None and all(counts[rows] for rows in run):
+                add(side.downs, side.ups, start, start + len(run))
+                start += len(run)
+                continue
+            for rows in run:
+                if counts[rows]:
+                    alone(rows, start, start + counts[rows])
+                start += counts[rows]
         by_group: dict[int, list[int]] = {}
         for index in ups:
             by_group.setdefault(self.layers[index].group.index, []).append(index)
