@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,14 +29,31 @@ def run(options: Any) -> dict[str, Any]:
             layers.work = work
             return timed(lambda: model(input_ids=ids, use_cache=False))
 
+        base: list[Any] = [None] * len(layers.layers)
+
+        def compare(name: str, other: Callable[[], float]) -> None:
+            ratio, _, took = beside(lambda: step(base), other, 5 * options.repeats)
+            layers.idle()
+            ratios[f"{name} / base, products"] = ratio
+            results[f"step, {name}"] = summary(16 / each for each in took)
+            print(f"{name:22} {ratio:.3f}", file=sys.stderr, flush=True)
+
         with layers.attached():
-            base: list[Any] = [None] * len(layers.layers)
+            one = layers.read(folder / plans["one r8 all-linear"][0])
+            changed = {}
+            for index in one.ups:
+                A, B = layers.factors(one, index)
+                changed[index] = layers.layers[index].module.weight + B.T @ A
+
+            def merged() -> float:
+                layers.merge(one, changed)
+                took = step(layers.plan([(one, 1)] * 16).work)
+                layers.unmerge()
+                return took
+
+            compare("merged", merged)
             for name, names in plans.items():
                 loaded = {each: layers.read(folder / each) for each in set(names)}
                 work = layers.plan([(loaded[each], 1) for each in names]).work
-                ratio, _, took = beside(lambda: step(base), lambda work=work: step(work), 5 * options.repeats)
-                layers.idle()
-                ratios[f"{name} / base, products"] = ratio
-                results[f"step, {name}"] = summary(16 / each for each in took)
-                print(f"{name:22} {ratio:.3f}", file=sys.stderr, flush=True)
+                compare(name, lambda work=work: step(work))
     return {"results": results, "ratios": ratios}

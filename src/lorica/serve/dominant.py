@@ -145,11 +145,10 @@ class Dominant:
 
     def _sum(self, sums: Sums, rows: Rows, index: int) -> Tensor:
         """``W + s B A`` of a layer as it is stored, made in fp32 and rounded once."""
-        layer, up = self.layers.layers[index], rows.ups[index]
-        A = rows.downs[layer.group.index][up.lo : up.hi]
+        layer, (A, B) = self.layers.layers[index], self.layers.factors(rows, index)
         weight = layer.module.get_parameter("weight").detach()
         merged, stored = torch.empty_like(weight), layer.kind.stored
-        sums.into(stored(merged), stored(weight), A, up.B.T, 1.0)
+        sums.into(stored(merged), stored(weight), A, B.T, 1.0)
         return merged
 
     def _unfit(self, rows: Rows) -> str | None:

@@ -209,6 +209,11 @@ class Layers:
         self._last = (key, Plan(order, work))
         return self._last[1]
 
+    def factors(self, rows: Rows, index: int) -> tuple[Tensor, Tensor]:
+        """An adapter's ``A [r, in]`` and ``B [r, out]`` at one layer."""
+        up = rows.ups[index]
+        return rows.downs[self.layers[index].group.index][up.lo : up.hi], up.B
+
     def count(self, parts: Sequence[Part]) -> None:
         """Note the tokens of a batch, where somebody counts them."""
         if self.tokens is not None:
