@@ -44,6 +44,7 @@ def test_the_plan_tells_memory_without_loading(things, capsys, monkeypatch):
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     each = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head * 4
     assert f"{1_000_000 // each:,} tokens in 1.0 MB" in told
+    assert ("up to 500.0 kB for those of running answers" in told) == (models.resolve_device().type != "cuda")
     model, _ = lorica.load(base)
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
     assert f"model   {weights / 1e3:,.1f} kB in fp32" in told

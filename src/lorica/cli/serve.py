@@ -50,7 +50,8 @@ class Settings(Common):
     max_new: int = 1024
     """Longest answer of a chat that names no length, in tokens."""
     kv_memory: str = ""
-    """Memory for keys and values: 4GB. Default: a quarter of what is free."""
+    """Memory for keys and values: 4GB. Default: a quarter of what is free. Off a GPU, those of running answers may take
+    half as much again."""
     adapter_memory: str = ""
     """Memory for adapters: 2GB; those used least lately give way. Default: no limit."""
     adapter_share: float = 0.2
@@ -153,7 +154,11 @@ def plan(settings: Settings) -> None:
     say(f"{'kv':<10}{size(found.kv_token)} a token; {holds}")
     for name, nbytes in found.adapters.items():
         say(f"{'adapter':<10}{name}   {size(nbytes)}   {nbytes / found.weights:.2%} of the base")
-    total = found.weights + sizes.kv_memory + sum(found.adapters.values())
+    on_gpu = models.resolve_device(settings.device).type == "cuda"
+    kept = 0 if on_gpu else int(sizes.kv_memory * memory.KEPT_SHARE)
+    if kept:
+        say(f"{'copies':<10}up to {size(kept)} for those of running answers")
+    total = found.weights + sizes.kv_memory + kept + sum(found.adapters.values())
     say(f"{'in all':<10}{size(total)}{'' if sizes.kv_memory else ' and keys and values'}")
 
 

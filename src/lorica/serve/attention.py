@@ -30,20 +30,69 @@ class Piece:
 
     start: int
     stop: int
+    id: str = ""
 
 
 class Step:
-    """The requests of one step."""
+    """The requests of one step, and the keys that are `kept` from the step before."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self.pieces = pieces
+    def __init__(self, pieces: Sequence[Piece], kept: Kept | None = None) -> None:
+        self.pieces, self.kept = pieces, kept
         self._made: dict[int, _Ways] = {}
 
     def ways(self, allocator: Any, read: Tensor, bounds: Tensor) -> _Ways:
         """How each request is attended, found once for all layers of one kind."""
         if allocator.index not in self._made:
-            self._made[allocator.index] = _Ways.of(self.pieces, read, bounds.tolist())
+            self._made[allocator.index] = _Ways.of(self.pieces, read, bounds.tolist(), self.kept)
         return self._made[allocator.index]
+
+
+class Kept:
+    """The keys and values of requests that add a token in every step, side by side from one step to the next.
+
+    The cache has them in pages all over its memory, and to bring them together each time takes as long as attending
+    them. A step with other requests than the last begins anew.
+
+    Args:
+        most: tokens of all requests, room to grow included, beyond which nothing is kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._who: list[str] = []
+        self._lengths: list[int] = []
+        self._room = 0
+        self._ends: dict[int, Tensor] = {}  # by heads, where the newest keys go
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def step(self, who: list[str], lengths: list[int]) -> bool:
+        """Begin a step of these requests, of so many keys each, by each kind of layer; whether they may be kept."""
+        longest = max(lengths)
+        if (who, lengths) != (self._who, self._lengths):
+            grown = who == self._who and lengths == [length + 1 for length in self._lengths]
+            if not grown or longest > self._room:
+                self._layers.clear()
+                self._room = longest + max(32, longest // 4)
+            self._who, self._lengths, self._ends = who, lengths, {}
+        return len(who) * self._room <= self.most
+
+    def side_by_side(self, layer: int, each: Single, pages: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
+        """Keys and values ``[n, heads, longest, d]`` of a layer, from its pages or from the last step and the `new`
+        ones ``[n, heads, d]``."""
+        if layer not in self._layers:
+            self._layers[layer] = tuple(  # type: ignore[assignment]
+                x.new_zeros(each.count, x.shape[1], self._room, x.shape[2]) for x in pages
+            )
+            for room, x in zip(self._layers[layer], pages, strict=True):
+                room[:, :, : each.longest] = each.gathered(x)
+        else:
+            heads = new[0].shape[1]
+            if heads not in self._ends:
+                each_head = torch.arange(each.count * heads).view(each.count, heads) * self._room
+                self._ends[heads] = (each_head + torch.tensor(self._lengths)[:, None] - 1).flatten()
+            for room, x in zip(self._layers[layer], new, strict=True):
+                room.view(-1, x.shape[-1]).index_copy_(0, self._ends[heads], x.flatten(0, 1))
+        return [room[:, :, : each.longest] for room in self._layers[layer]]
 
 
 class Decoding(Step):
@@ -71,15 +120,23 @@ class Single:
     mask: Tensor | None
     count: int
     longest: int
+    kept: Kept | None = None
 
     @classmethod
-    def of(cls, each: Sequence[tuple[Piece, Tensor]], read: Tensor) -> Single:
+    def of(cls, each: Sequence[tuple[Piece, Tensor]], read: Tensor, kept: Kept | None) -> Single:
         """From each request's piece and the places of its keys."""
         index = nn.utils.rnn.pad_sequence([places for _, places in each], batch_first=True)
-        lengths = torch.tensor([len(places) for _, places in each], device=read.device)
-        here = torch.arange(index.shape[1], device=read.device) < lengths[:, None]
+        lengths = [len(places) for _, places in each]
+        here = torch.arange(index.shape[1], device=read.device) < torch.tensor(lengths, device=read.device)[:, None]
         mask = None if bool(here.all()) else here[:, None, None, :]
-        return cls(_rows([piece for piece, _ in each], read), index.flatten(), mask, *index.shape)
+        if kept and not kept.step([piece.id for piece, _ in each], lengths):
+            kept = None
+        count, longest = index.shape
+        return cls(_rows([piece for piece, _ in each], read), index.flatten(), mask, count, longest, kept)
+
+    def gathered(self, pages: Tensor) -> Tensor:
+        """Keys or values ``[n, heads, longest, d]`` from all of a layer's ``[places, heads, d]``."""
+        return pages.index_select(0, self.index).view(self.count, self.longest, *pages.shape[1:]).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -97,7 +154,7 @@ class _Ways:
     others: Sequence[tuple[slice, Tensor]] = ()
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], read: Tensor, bounds: list[int]) -> _Ways:
+    def of(cls, pieces: Sequence[Piece], read: Tensor, bounds: list[int], kept: Kept | None) -> _Ways:
         """From the batch, and where each request's places begin in `read`."""
         fresh, single, others = [], [], []
         for piece, start, stop in zip(pieces, bounds, bounds[1:], strict=False):
@@ -110,7 +167,7 @@ class _Ways:
                 others.append((slice(piece.start, piece.stop), read[start:stop]))
         lengths = tuple(piece.stop - piece.start for piece in fresh)
         begun = (_rows(fresh, read), Documents(lengths)) if fresh else None
-        return cls(begun, Single.of(single, read) if single else None, others)
+        return cls(begun, Single.of(single, read, kept) if single else None, others)
 
 
 def _rows(pieces: Sequence[Piece], like: Tensor) -> Any:
@@ -149,7 +206,13 @@ def paged(
                 q, k, v = (x[:, :, rows] for x in (query, key, value))
                 out[:, rows] = attention(module, q, k, v, None, scaling=scaling)[0]
         if ways.single:
-            out[0, ways.single.rows] = _single(query[0, :, ways.single.rows], keys, values, ways.single, scaling)
+            each = ways.single
+            if each.kept:
+                new = [x[0, :, each.rows].transpose(0, 1) for x in (key, value)]
+                k, v = each.kept.side_by_side(layer, each, (keys, values), new)
+            else:
+                k, v = each.gathered(keys), each.gathered(values)
+            out[0, each.rows] = _single(query[0, :, each.rows], k, v, each.mask, scaling)
         for rows, places in ways.others:
             k, v = (x.index_select(0, places).transpose(0, 1)[None] for x in (keys, values))
             out[:, rows] = _attended(query[:, :, rows], k, v, scaling, None)
@@ -164,13 +227,12 @@ def paged(
     return out, None
 
 
-def _single(q: Tensor, keys: Tensor, values: Tensor, each: Single, scaling: float | None) -> Tensor:
+def _single(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """One query for each request, ``[heads, n, d]`` to ``[n, heads, d]``: heads are rows of the key head they share."""
     heads, n, d = q.shape
-    shared = keys.shape[1]
-    k, v = (x.index_select(0, each.index).view(n, each.longest, shared, -1).transpose(1, 2) for x in (keys, values))
+    shared = k.shape[1]
     q = q.transpose(0, 1).reshape(n, shared, heads // shared, d)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=each.mask, scale=scaling)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
     return y.reshape(n, heads, -1)
 
 

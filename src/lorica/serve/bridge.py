@@ -32,6 +32,7 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 from lorica.serve import attention, recorded
 from lorica.serve.engine import EngineSettings, Sampling, Stream
 from lorica.serve.leases import Lease
+from lorica.serve.memory import KEPT_SHARE
 from lorica.serve.recorded import Recorder
 from lorica.serve.requests import Request, Requests, capacity
 from lorica.serve.rows import Layers
@@ -63,6 +64,7 @@ class Bridge:
         self.steps = self.restarts = 0
         self.recorder: Recorder | None = None
         self.recording: Recorder | None = None  # the same, where it takes the step at hand
+        self.kept: attention.Kept | None = None
         self._manager: _Manager | None = None
         self._undo = contextlib.ExitStack()
 
@@ -130,6 +132,8 @@ class Bridge:
         )
         plain = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         self._manager = _Manager(self, plain, settings)
+        if not recorded.pays(self.model):  # what is recorded attends the pages
+            self.kept = attention.Kept(int(self.kv_tokens * KEPT_SHARE))
         attention.register(self.model)
         self._manager.start()
 
@@ -296,9 +300,10 @@ class _Runner(ModelRunner):
     def _pass(self, model: nn.Module, batch_data: dict, batch: Sequence[Any]) -> Tensor:
         """The logits of those that get a token."""
         starts = batch_data["cu_seq_lens_q"].tolist()
-        pieces = [attention.Piece(start, stop) for start, stop in itertools.pairwise(starts)]
+        ids = [each.state.request_id for each in batch]
+        pieces = [attention.Piece(*ends, id) for ends, id in zip(itertools.pairwise(starts), ids, strict=True)]
         wanted = batch_data["logits_indices"][: sum(each.has_new_token for each in batch)]
-        options: dict[str, Any] = {attention.KEYWORD: attention.Step(pieces)}
+        options: dict[str, Any] = {attention.KEYWORD: attention.Step(pieces, self.bridge.kept)}
         if self.bridge.keeps:
             options["logits_to_keep"] = wanted
         logits: Tensor = model(**batch_data, **options).logits[0]

@@ -17,6 +17,8 @@ from lorica.serve.requests import kv_bytes
 
 # A step's extra time is the bytes of its distinct adapters over those of the base; a fifth is 20 %.
 ADAPTER_SHARE = 0.2
+# Off a GPU the keys and values of running answers are kept side by side as well, up to this share of the cache.
+KEPT_SHARE = 0.5
 
 
 @dataclass(frozen=True)

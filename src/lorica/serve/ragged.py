@@ -70,7 +70,8 @@ class Ragged:
                 places[rows] = first_fit(((at, sizes[each]) for each, at in places.items()), sizes[rows])
         end, full = max(places[rows] + sizes[rows] for rows in wanted), sum(sizes.values())
         if end > self._room or end - full > _EMPTY * end:
-            places, end, there = dict(zip(wanted, itertools.accumulate(sizes.values(), initial=0))), full, {}  # noqa: B905
+            starts = itertools.accumulate(sizes.values(), initial=0)
+            places, end, there = dict(zip(wanted, starts, strict=False)), full, {}
             if end > self._room:
                 self._enlarge(max(end, self._room * 3 // 2), wanted[0])
         for rows, at in places.items():
