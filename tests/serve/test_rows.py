@@ -56,7 +56,7 @@ def test_ragged_products_give_what_each_token_alone_gives(ranks):
         Rows({0: torch.cat([A0, A1])}, {3: Up(0, len(A0), B0), 4: Up(len(A0), 2 * len(A0), B1)}, (), len(A0), 0)
         for (A0, B0), (A1, B1) in zip(*made, strict=True)
     ]
-    ragged = Ragged({3: 0, 4: 0})
+    ragged = Ragged({0: [3, 4]})
     for some in (rows, rows[1:], rows[:1] + rows[2:], rows[::-1]):
         there = [rows.index(each) for each in ragged.place(some)]
         s = ragged.downs[0].of(x[there])
@@ -70,7 +70,7 @@ def test_adapters_of_many_ranks_stay_where_they_are_until_too_much_lies_empty():
     def rows(r):
         return Rows({0: torch.randn(r, 24)}, {0: Up(0, r, torch.randn(r, 40))}, (), r, 0)
 
-    ragged = Ragged({0: 0})
+    ragged = Ragged({0: [0]})
     small, middle, large = rows(8), rows(32), rows(64)
     ragged.place([small, middle, large])
     A, kept = ragged.downs[0].A, ragged.downs[0].A.clone()

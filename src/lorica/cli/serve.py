@@ -154,9 +154,7 @@ def plan(settings: Settings) -> None:
     say(f"{'kv':<10}{size(found.kv_token)} a token; {holds}")
     for name, nbytes in found.adapters.items():
         say(f"{'adapter':<10}{name}   {size(nbytes)}   {nbytes / found.weights:.2%} of the base")
-    on_gpu = models.resolve_device(settings.device).type == "cuda"
-    kept = 0 if on_gpu else int(sizes.kv_memory * memory.KEPT_SHARE)
-    if kept:
+    if kept := memory.kept(sizes.kv_memory, models.resolve_device(settings.device)):
         say(f"{'copies':<10}up to {size(kept)} for those of running answers")
     total = found.weights + sizes.kv_memory + kept + sum(found.adapters.values())
     say(f"{'in all':<10}{size(total)}{'' if sizes.kv_memory else ' and keys and values'}")

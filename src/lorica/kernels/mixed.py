@@ -4,7 +4,7 @@ Four ways for four shapes of a batch, each exact: an adapter takes its own rank,
 
     segment   neighbouring tokens of one adapter: two products on slices, in place (prefill, one popular adapter)
     stacked   one token for each of several adapters of one shape: two batched products (decode)
-    ragged    one token for each of several adapters of any ranks: rows in pieces of two for the first product, which is
+    ragged    one token for each of several adapters of any ranks: pieces of some rows for the first product, which is
               batched; for the second, a token's rows are a weighted bag, as of an embedding. As many calls as stacked
     masked    any mix at once: all adapters' rows on top of each other, two plain products with a mask between them;
               more arithmetic, but always the same three calls, as a GPU wants it and a CUDA graph can hold

@@ -29,10 +29,9 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
-from lorica.serve import attention, recorded
+from lorica.serve import attention, memory, recorded
 from lorica.serve.engine import EngineSettings, Sampling, Stream
 from lorica.serve.leases import Lease
-from lorica.serve.memory import KEPT_SHARE
 from lorica.serve.recorded import Recorder
 from lorica.serve.requests import Request, Requests, capacity
 from lorica.serve.rows import Layers
@@ -132,8 +131,8 @@ class Bridge:
         )
         plain = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         self._manager = _Manager(self, plain, settings)
-        if not recorded.pays(self.model):  # what is recorded attends the pages
-            self.kept = attention.Kept(int(self.kv_tokens * KEPT_SHARE))
+        most = memory.kept(self.kv_tokens, self.model.device)
+        self.kept = attention.Kept(most) if most else None
         attention.register(self.model)
         self._manager.start()
 

@@ -17,8 +17,6 @@ from lorica.serve.requests import kv_bytes
 
 # A step's extra time is the bytes of its distinct adapters over those of the base; a fifth is 20 %.
 ADAPTER_SHARE = 0.2
-# Off a GPU the keys and values of running answers are kept side by side as well, up to this share of the cache.
-KEPT_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -55,3 +53,9 @@ def predict(config: PretrainedConfig, dtype: str, quantize: str, kv_memory: int,
     each = kv_bytes(config.get_text_config(), width)
     sizes = {name: file.stat().st_size for name, path in adapters.items() if (file := path / TENSORS).is_file()}
     return Plan(nbytes, each, kv_memory // each, sizes)
+
+
+def kept(cache: int, device: torch.device) -> int:
+    """How much of a cache, in its unit, is kept side by side as well (`attention.Kept`): on a GPU recorded steps read
+    the pages."""
+    return 0 if device.type == "cuda" else cache // 2

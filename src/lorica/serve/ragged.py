@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,10 +48,10 @@ class Ragged:
     ``B [P * PIECE, out]`` has the rows of all pieces. An adapter has the same pieces everywhere.
 
     Args:
-        groups: the group of each layer.
+        groups: those layers by the group that each is of.
     """
 
-    def __init__(self, groups: Mapping[int, int]) -> None:
+    def __init__(self, groups: Mapping[int, Sequence[int]]) -> None:
         self.downs: dict[int, Pieces] = {}
         self.ups: dict[int, Bags] = {}
         self._groups = groups
@@ -88,22 +88,15 @@ class Ragged:
         chosen = torch.cat([torch.arange(rows.rank) + self._places[rows] * PIECE for rows in wanted])
         starts = torch.tensor([0, *itertools.accumulate(rows.rank for rows in wanted[:-1])])
         self.downs, self.ups = {}, {}
-        for group, each in self._layers(wanted[0]).items():
+        for group, each in self._groups.items():
             turns = torch.arange(len(each))[:, None] * PIECE
             taken = chosen // PIECE * len(each) * PIECE + turns + chosen % PIECE
             self.downs[group] = Pieces(self._A[group][:end], owners, taken)
             self.ups |= {index: Bags(turn, self._B[index], chosen, starts) for turn, index in enumerate(each)}
 
-    def _layers(self, rows: Rows) -> dict[int, list[int]]:
-        """By group the layers that an adapter acts on, in the order of their rows in A."""
-        found: dict[int, list[int]] = {}
-        for index in sorted(rows.ups, key=lambda index: rows.ups[index].lo):
-            found.setdefault(self._groups[index], []).append(index)
-        return found
-
     def _enlarge(self, room: int, like: Rows) -> None:
         self._room = room
-        for group, each in self._layers(like).items():
+        for group, each in self._groups.items():
             A = like.downs[group]
             self._A[group] = A.new_zeros(room, len(each) * PIECE, A.shape[-1])
             for index in each:
@@ -111,7 +104,7 @@ class Ragged:
 
     def _write(self, rows: Rows, at: int) -> None:
         r, whole = rows.rank, rows.rank // PIECE
-        for group, each in self._layers(rows).items():
+        for group, each in self._groups.items():
             A = self._A[group]
             pieces = A.view(len(A), len(each), PIECE, -1)
             for turn, index in enumerate(each):

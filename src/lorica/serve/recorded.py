@@ -100,9 +100,7 @@ class Room:
     def __init__(self, layers: Layers, touched: tuple[int, ...], size: int) -> None:
         self.layers, self.touched, self.size = layers, touched, size
         self.places: MutableMapping[Rows, int] = weakref.WeakKeyDictionary()
-        self.groups: dict[int, list[int]] = {}
-        for index in touched:
-            self.groups.setdefault(layers.layers[index].group.index, []).append(index)
+        self.groups = layers.by_group(touched)
         to: Any = {"device": layers.model.device, "dtype": layers.model.dtype}
         of = layers.layers
         self.A = {g: torch.zeros(len(each) * size, of[each[0]].into, **to) for g, each in self.groups.items()}
@@ -152,7 +150,7 @@ class Room:
                     continue
                 at = place * self.size + start
                 into += [self.A[group][at : at + up.hi - up.lo], B[: up.hi - up.lo]]
-                given += [rows.downs[group][up.lo : up.hi], up.B]
+                given += self.layers.factors(rows, index)
         torch._foreach_copy_(into, given)
 
 

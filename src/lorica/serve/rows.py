@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,27 +153,24 @@ class Layers:
             work, rows = self.work[index], x.reshape(-1, into)
             if 1 < rows.shape[0] <= most:
                 flat = few.linear(rows, module.weight, module.bias)
+            elif work is None:
+                return base(module, x)
             else:
-                y = base(module, x)
-                if work is None:
-                    return y
-                flat = y.view(-1, out)
-            if work is None:
-                return flat.view(*x.shape[:-1], out)
+                flat = base(module, x).view(-1, out)
             if isinstance(work, _Masked):
                 n, A, B, mask, gain = work
                 if gain is not None:
                     mixed.gained(flat[:n], gain, module.bias)
                 mixed.masked(flat[:n], rows[:n], A, B, mask)
-                return flat.view(*x.shape[:-1], out)
-            downs, ups, last = work
-            if group.x is not x:
-                group.x = x
-                group.products = [down.of(_cut(rows, a, b)) for a, b, down in downs]
-            for place, a, b, up in ups:
-                up.onto(_cut(flat, a, b), group.products[place], module.bias)
-            if last:
-                group.clear()
+            elif work is not None:
+                downs, ups, last = work
+                if group.x is not x:
+                    group.x = x
+                    group.products = [down.of(_cut(rows, a, b)) for a, b, down in downs]
+                for place, a, b, up in ups:
+                    up.onto(_cut(flat, a, b), group.products[place], module.bias)
+                if last:
+                    group.clear()
             return flat.view(*x.shape[:-1], out)
 
         return forward
@@ -262,7 +259,7 @@ class Layers:
         return runs
 
     def _side(self, key: tuple, like: Rows) -> Side:
-        return Stack() if key == like.shape else Ragged({layer.index: layer.group.index for layer in self.layers})
+        return Stack() if key == like.shape else Ragged(self.by_group(like.ups))
 
     def _masked(self, counts: Counter[Rows]) -> list[Any]:
         """By layer, a `_Masked`."""
@@ -321,16 +318,20 @@ class Layers:
                 if counts[rows]:
                     alone(rows, start, start + counts[rows])
                 start += counts[rows]
-        by_group: dict[int, list[int]] = {}
-        for index in ups:
-            by_group.setdefault(self.layers[index].group.index, []).append(index)
-        last = {group: self.last(each) for group, each in by_group.items()}
+        last = {group: self.last(each) for group, each in self.by_group(ups).items()}
         return [
             (downs[layer.group.index], ups[layer.index], last[layer.group.index] == layer.index)
             if layer.index in ups
             else None
             for layer in self.layers
         ]
+
+    def by_group(self, indices: Iterable[int]) -> dict[int, list[int]]:
+        """Some layers by the group that each is of."""
+        found: dict[int, list[int]] = {}
+        for index in indices:
+            found.setdefault(self.layers[index].group.index, []).append(index)
+        return found
 
     def last(self, indices: Sequence[int]) -> int:
         """Which of some layers the model calls last."""
